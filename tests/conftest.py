@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every test: our own hub instead of the real one, no other network, one thread."""
+
+import os
+import socket
+import sys
+import tempfile
+
+import pytest
+
+from fake_hub import FakeHub
+
+
+if "huggingface_hub" in sys.modules:
+    raise RuntimeError("huggingface_hub was imported before conftest.py could point it at the tests' own hub")
+
+LOOPBACK = {"127.0.0.1", "::1", "localhost", socket.gethostname(), "", None}
+HUB = FakeHub().__enter__()
+HF_HOME = tempfile.TemporaryDirectory(prefix="mar-hf-tests-")
+
+# Examples are tested as subprocesses, so all of this goes through the environment. Nothing of the user's own
+# settings (a token, an offline switch, another cache) may decide what a test sees.
+for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_", "TRANSFORMERS_", "DIFFUSERS_"))]:
+    del os.environ[name]
+os.environ.update(
+    HF_ENDPOINT=HUB.url,
+    HF_TOKEN="hf_test",
+    HF_HOME=HF_HOME.name,
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    NO_PROXY="127.0.0.1,localhost",
+    OMP_NUM_THREADS="1",
+)
+
+import torch  # noqa: E402  (after OMP_NUM_THREADS)
+
+
+torch.set_num_threads(1)
+
+_refused: list[str] = []
+
+
+def _refuse_network(event: str, args: tuple) -> None:
+    if event == "socket.getaddrinfo":
+        host = args[0]
+    elif event == "socket.connect" and isinstance(args[1], tuple):
+        host = args[1][0]
+    else:
+        return
+    host = host.decode() if isinstance(host, bytes) else host
+    if host not in LOOPBACK:
+        _refused.append(host)
+        raise RuntimeError(f"a test asked for {host!r}; tests reach this machine only")
+
+
+sys.addaudithook(_refuse_network)
+
+
+@pytest.fixture(autouse=True)
+def refused_hosts():
+    """Fails the test that tried to reach another machine, also when something caught the refusal."""
+    _refused.clear()
+    yield _refused
+    assert not _refused, f"the test tried to reach {_refused}"
+
+
+@pytest.fixture
+def hub():
+    """The stand-in for the model hub, empty. Every library here already uses it, with a token that may write."""
+    HUB.clear()
+    return HUB
