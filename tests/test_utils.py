@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from mar_hf.utils import atomic_folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def full(tmp_path):
+    folder = tmp_path / "full"
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    return folder
+
+
+@pytest.mark.parametrize("make_first", [False, True])
+def test_a_new_or_empty_folder_appears_when_the_body_ends(tmp_path, make_first):
+    dst = tmp_path / "a" / "b"
+    if make_first:
+        dst.mkdir(parents=True)
+    with atomic_folder(dst) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "x.txt").write_text("x")
+        assert not (dst / "sub").exists()
+    assert (dst / "sub" / "x.txt").read_text() == "x"
+    assert names(tmp_path / "a") == ["b"]
+
+
+def test_the_new_folder_has_ordinary_permissions(tmp_path):
+    (tmp_path / "plain").mkdir()
+    with atomic_folder(tmp_path / "atomic"):
+        pass
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), atomic_folder(tmp_path / "dst") as folder:
+        (folder / "half.txt").write_text("half")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_a_full_folder_is_refused_before_the_body_runs(tmp_path, full):
+    with pytest.raises(ValueError, match="`dst` must be a new or an empty folder .*full.* holds files"):
+        with atomic_folder(full):
+            pytest.fail("the body ran")
+    assert names(full) == ["old.txt"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_is_refused(tmp_path, overwrite):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ValueError, match="is a file"):
+        with atomic_folder(tmp_path / "file", overwrite=overwrite):
+            pytest.fail("the body ran")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_overwrite_replaces_the_whole_folder(tmp_path, full):
+    with atomic_folder(full, overwrite=True) as folder:
+        (folder / "new.txt").write_text("new")
+        assert names(full) == ["old.txt"]
+    assert names(full) == ["new.txt"]
+    assert names(tmp_path) == ["full"]
+
+
+def test_a_failed_overwrite_keeps_the_old_folder(tmp_path, full):
+    with pytest.raises(RuntimeError), atomic_folder(full, overwrite=True) as folder:
+        (folder / "new.txt").write_text("new")
+        raise RuntimeError
+    assert names(full) == ["old.txt"]
+    assert names(tmp_path) == ["full"]
+
+
+def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, full):
+    with pytest.raises(FileNotFoundError), atomic_folder(full, overwrite=True) as folder:
+        folder.rmdir()
+    assert names(full) == ["old.txt"]
+    assert names(tmp_path) == ["full"]
+
+
+def test_what_appeared_meanwhile_is_not_lost(tmp_path):
+    with pytest.raises(OSError), atomic_folder(tmp_path / "dst") as folder:
+        (folder / "ours.txt").write_text("ours")
+        (tmp_path / "dst").mkdir()
+        (tmp_path / "dst" / "theirs.txt").write_text("theirs")
+    assert names(tmp_path / "dst") == ["theirs.txt"]
+    assert names(tmp_path) == ["dst"]
+
+
+def test_the_working_directory_by_its_short_name(tmp_path, monkeypatch):
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    with atomic_folder(".") as folder:
+        (folder / "x.txt").write_text("x")
+    assert names(tmp_path) == ["cwd"]
+    assert names(tmp_path / "cwd") == ["x.txt"]
