@@ -125,13 +125,13 @@ class Handler(BaseHTTPRequestHandler):
         self, content: Any = None, status: int = 200, headers: Mapping[str, str] = {}, raw: bytes | None = None
     ) -> None:
         data = json.dumps(content).encode() if raw is None else raw
+        self.hub.log.append((self.command, self.path, status))  # before the client can go on
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
-        self.hub.log.append((self.command, self.path, status))
 
     def serve(self) -> None:
         url = urlsplit(self.path)
