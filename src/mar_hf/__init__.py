@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image generation with autoregressive models over continuous tokens.
+
+Importing the package registers its classes with diffusers and with the Auto classes of transformers, so that checkpoints
+that name them load from a folder and from the hub.
+"""
+
+import pathlib
+
+from diffusers import SchedulerMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from transformers import PreTrainedModel
+
+from . import conversion, generation
+from .heads import TOKEN_HEADS, DiffusionHead, TokenHead
+from .hub import build_model_card
+from .models import BackboneOutput, MARConfig, MARForImageGeneration, MARModel
+from .pipelines import MARPipeline
+from .schedulers import TokenDDPMScheduler
+from .tokenizers import ImageTokenizer, ImageTokenizerConfig
+
+
+__version__ = "0.1.0"
+
+# diffusers looks up the base class by name in the library that model_index.json names: this package.
+_LOADING_METHODS = ["save_pretrained", "from_pretrained"]
+LOADABLE_CLASSES.setdefault(
+    __name__, {PreTrainedModel.__name__: _LOADING_METHODS, SchedulerMixin.__name__: _LOADING_METHODS}
+)
+
+
+def demo_checkpoint() -> str:
+    """The folder of the small trained pipeline that ships with the package: emoji of 12 classes, 32 x 32 pixels.
+
+    Returns:
+        `str`: a path for `MARPipeline.from_pretrained`.
+    """
+    return str(pathlib.Path(__file__).parent / "checkpoints" / "emoji")
+
+
+__all__ = [
+    "TOKEN_HEADS",
+    "BackboneOutput",
+    "DiffusionHead",
+    "ImageTokenizer",
+    "ImageTokenizerConfig",
+    "MARConfig",
+    "MARForImageGeneration",
+    "MARModel",
+    "MARPipeline",
+    "TokenDDPMScheduler",
+    "TokenHead",
+    "build_model_card",
+    "conversion",
+    "demo_checkpoint",
+    "generation",
+]

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token heads. A new one is a file `head_<name>.py` and a line here."""
+
+from .head_base import TokenHead
+from .head_diffusion import DiffusionHead
+
+
+TOKEN_HEADS: dict[str, type[TokenHead]] = {"diffusion": DiffusionHead}
+
+__all__ = ["TOKEN_HEADS", "DiffusionHead", "TokenHead"]

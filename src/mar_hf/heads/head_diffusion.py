@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MAR's token head: a small MLP that denoises one token, conditioned on the backbone's output."""
+
+import inspect
+
+import torch
+from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+from transformers import initialization as init
+
+from ..schedulers import TokenDDPMScheduler
+from .head_base import TokenHead
+
+
+TIMESTEP_CHANNELS = 256
+
+
+class DiffusionHeadBlock(nn.Module):
+    """One residual block: h + gate * MLP(LN(h) * (1 + scale) + shift), modulated by time and condition.
+
+    Args:
+        hidden_size (`int`): width.
+        layer_norm_eps (`float`): of the layer norm.
+    """
+
+    def __init__(self, hidden_size: int, layer_norm_eps: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.linear_1 = nn.Linear(hidden_size, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+        self.modulation = nn.Linear(hidden_size, 3 * hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, activated_embedding: torch.Tensor) -> torch.Tensor:
+        """Apply the block.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(..., hidden_size)`): the noisy token's state.
+            activated_embedding (`torch.Tensor` of shape `(..., hidden_size)`): SiLU of time + condition.
+
+        Returns:
+            `torch.Tensor` of shape `(..., hidden_size)`.
+        """
+        shift, scale, gate = self.modulation(activated_embedding).chunk(3, dim=-1)
+        update = self.norm(hidden_states) * (1 + scale) + shift
+        return hidden_states + gate * self.linear_2(nn.functional.silu(self.linear_1(update)))
+
+
+class DiffusionHead(TokenHead):
+    """The denoising MLP of MAR, its loss and its sampling loop (arXiv:2406.11838, sections 3.2 and 4.2).
+
+    Args:
+        token_dim (`int`): numbers in a token.
+        condition_dim (`int`): width of the backbone's output.
+        num_layers (`int`, *optional*, defaults to 3): residual blocks.
+        hidden_size (`int`, *optional*, defaults to 1024): width of the MLP.
+        batch_multiplier (`int`, *optional*, defaults to 1): draws of timestep and noise per token and training step.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-06): of the layer norms.
+        initializer_range (`float`, *optional*, defaults to 0.02): deviation of the time embedding's first weights.
+    """
+
+    def __init__(
+        self,
+        token_dim: int,
+        condition_dim: int,
+        num_layers: int = 3,
+        hidden_size: int = 1024,
+        batch_multiplier: int = 1,
+        layer_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+    ):
+        super().__init__()
+        self.token_dim = token_dim
+        self.batch_multiplier = batch_multiplier
+        self.initializer_range = initializer_range
+        self.time_embedding = TimestepEmbedding(TIMESTEP_CHANNELS, hidden_size)
+        self.condition_proj = nn.Linear(condition_dim, hidden_size)
+        self.token_proj = nn.Linear(token_dim, hidden_size)
+        self.blocks = nn.ModuleList([DiffusionHeadBlock(hidden_size, layer_norm_eps) for _ in range(num_layers)])
+        self.out_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps, elementwise_affine=False)
+        self.out_modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.out_proj = nn.Linear(hidden_size, 2 * token_dim)
+
+    def init_weights(self, module: nn.Module) -> None:
+        """Xavier for linear layers, N(0, initializer_range) in the time embedding, zeros where the original has zeros.
+
+        Args:
+            module (`torch.nn.Module`): the head itself or a module inside it.
+        """
+        zeroed = [self.out_modulation, self.out_proj, *(block.modulation for block in self.blocks)]
+        if any(module is layer for layer in zeroed):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif module is self.time_embedding.linear_1 or module is self.time_embedding.linear_2:
+            init.normal_(module.weight, std=self.initializer_range)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    def forward(self, noisy_tokens: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """The network: noise and variance logits of noisy tokens.
+
+        Args:
+            noisy_tokens (`torch.Tensor` of shape `(rows, token_dim)`): x_t.
+            timesteps (`torch.Tensor` of shape `(rows,)`): original timesteps, 0..999.
+            condition (`torch.Tensor` of shape `(rows, condition_dim)`): the backbone's output.
+
+        Returns:
+            `torch.Tensor` of shape `(rows, 2 * token_dim)`: epsilon, then the variance logits.
+        """
+        return self._denoise(noisy_tokens, self._embed_time(timesteps) + self._embed_condition(condition))
+
+    def check_scheduler(self, scheduler: SchedulerMixin, temperature: float = 1.0) -> None:
+        """Refuse a scheduler that can't run this head.
+
+        Args:
+            scheduler (`SchedulerMixin`): the candidate.
+            temperature (`float`, *optional*, defaults to 1.0): only [`TokenDDPMScheduler`] has others.
+
+        Raises:
+            ValueError: if it does not predict epsilon, takes no generator, needs the variance in a layout of its own, or
+                can't apply the temperature.
+        """
+        if isinstance(scheduler, TokenDDPMScheduler):
+            return
+        name, config = type(scheduler).__name__, scheduler.config
+        if config.get("prediction_type") != "epsilon":
+            raise ValueError(
+                f"{name} has `prediction_type` {config.get('prediction_type')!r}; the head needs 'epsilon'."
+            )
+        if "generator" not in inspect.signature(scheduler.step).parameters:
+            raise ValueError(f"{name} does not fit the diffusion head: its `step` takes no `generator`.")
+        if isinstance(scheduler, DDPMScheduler) and str(config.variance_type).startswith("learned"):
+            raise ValueError(
+                f"{name} with `variance_type` {config.variance_type!r} does not fit tokens; keep TokenDDPMScheduler or "
+                "set variance_type='fixed_small'."
+            )
+        if temperature != 1.0:
+            raise ValueError(f"`temperature` has to be 1.0 with {name}, got {temperature}: it has no temperature.")
+
+    def loss(
+        self,
+        *,
+        condition: torch.Tensor,
+        target: torch.Tensor,
+        mask: torch.Tensor,
+        scheduler: TokenDDPMScheduler,
+        timesteps: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Squared error of epsilon + variational bound, averaged over the masked tokens and their draws.
+
+        Args:
+            condition (`torch.Tensor` of shape `(batch, num_tokens, condition_dim)`): the backbone's output.
+            target (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the true tokens.
+            mask (`torch.Tensor` of shape `(batch, num_tokens)`): bool, True for tokens that count; only these go through
+                the network.
+            scheduler ([`TokenDDPMScheduler`]): the noise schedule.
+            timesteps (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens,)`, *optional*): int64, whole batch
+                after whole batch; drawn uniformly where not given.
+            noise (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens, token_dim)`, *optional*): likewise.
+            generator (`torch.Generator`, *optional*): for what is drawn; None means torch's global one.
+
+        Returns:
+            `torch.Tensor`: a float32 scalar.
+
+        Raises:
+            ValueError: if the scheduler is another one or a shape does not fit.
+        """
+        if not isinstance(scheduler, TokenDDPMScheduler):
+            raise ValueError(f"Training needs a TokenDDPMScheduler, got {type(scheduler).__name__}.")
+        rows = self.batch_multiplier * mask.numel()
+        for name, value, shape in (("timesteps", timesteps, (rows,)), ("noise", noise, (rows, self.token_dim))):
+            if value is not None and value.shape != shape:
+                raise ValueError(f"`{name}` has to be of shape {shape}, got {tuple(value.shape)}.")
+        chosen = mask.flatten().nonzero()[:, 0]
+        # Row r of the repeated batch is row r modulo the batch.
+        repeated = (chosen + mask.numel() * torch.arange(self.batch_multiplier, device=mask.device)[:, None]).flatten()
+        condition = condition.flatten(0, 1)[chosen].repeat(self.batch_multiplier, 1)
+        target = target.flatten(0, 1)[chosen].repeat(self.batch_multiplier, 1).float()
+        device = target.device
+        if timesteps is None:
+            draw_on = device if generator is None else generator.device
+            shape = (len(repeated),)
+            timesteps = torch.randint(0, len(scheduler), shape, generator=generator, device=draw_on).to(device)
+        else:
+            timesteps = timesteps.to(device)[repeated]
+        noise = randn_tensor(target.shape, generator, device) if noise is None else noise.to(device)[repeated].float()
+        noisy = scheduler.add_noise(target, noise, timesteps)
+        output = self(noisy, timesteps, condition)
+        mean_squared_error, bound = scheduler.training_losses(output, target, noisy, noise, timesteps)
+        return (mean_squared_error + bound).mean()
+
+    def sample(
+        self,
+        *,
+        condition: torch.Tensor,
+        negative_condition: torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        scheduler: SchedulerMixin,
+        num_steps: int,
+        temperature: float = 1.0,
+        noise: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """Sample tokens by reverse diffusion.
+
+        Guidance is `uncond + guidance_scale * (cond - uncond)` on epsilon; the variance is the conditional one. Only the
+        conditional state is kept, which equals the original's two copies.
+
+        Args:
+            condition (`torch.Tensor` of shape `(batch, num_tokens, condition_dim)`): the backbone's output at the
+                positions wanted.
+            negative_condition (`torch.Tensor` of the same shape, *optional*): without the class, for guidance.
+            guidance_scale (`float`, *optional*, defaults to 1.0): 1.0 means no guidance.
+            scheduler (`SchedulerMixin`): [`TokenDDPMScheduler`], or a diffusers scheduler that predicts epsilon.
+            num_steps (`int`): sampler steps.
+            temperature (`float`, *optional*, defaults to 1.0): multiplies the injected noise, not the start.
+            noise (`torch.Tensor` of shape `(batch, num_tokens, steps + 1, token_dim)`, *optional*): entry 0 is the start,
+                entry 1 + s is injected at step s (by TokenDDPMScheduler only); at least `num_steps + 1` entries.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the noise, where none is given.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, num_tokens, token_dim)`: float32.
+
+        Raises:
+            ValueError: if `guidance_scale` is not 1.0 without `negative_condition`, or the scheduler or the noise does
+                not fit.
+        """
+        self.check_scheduler(scheduler, temperature)
+        guided = guidance_scale != 1.0
+        if guided and negative_condition is None:
+            raise ValueError(f"`guidance_scale` {guidance_scale} needs `negative_condition`.")
+        batch, num_tokens, _ = condition.shape
+        if noise is not None and (
+            noise.ndim != 4
+            or noise.shape[:2] != (batch, num_tokens)
+            or noise.shape[2] <= num_steps
+            or noise.shape[3] != self.token_dim
+        ):
+            raise ValueError(
+                f"`noise` has to be of shape {(batch, num_tokens, num_steps + 1, self.token_dim)}, got "
+                f"{tuple(noise.shape)}."
+            )
+        scheduler.set_timesteps(num_steps)
+        device = condition.device
+        # What no step changes: the condition's embedding, and each step's time embedding. (2B, K, w) and (S, w)
+        embedding = self._embed_condition(torch.cat([condition, negative_condition]) if guided else condition)
+        time_embeddings = self._embed_time(scheduler.timesteps.to(device))
+        if noise is None:
+            sample = randn_tensor((batch, num_tokens, self.token_dim), generator=generator, device=device)
+        else:
+            sample = noise[:, :, 0].to(device, torch.float32)
+        sample = sample * scheduler.init_noise_sigma
+        for step, timestep in enumerate(scheduler.timesteps):
+            model_input = scheduler.scale_model_input(sample, timestep)
+            output = self._denoise(
+                torch.cat([model_input] * 2) if guided else model_input, time_embeddings[step] + embedding
+            )
+            output = output.float()
+            if guided:
+                output, unconditional = output.chunk(2)
+                epsilon, variance = output.chunk(2, dim=-1)
+                unconditional = unconditional.chunk(2, dim=-1)[0]
+                output = torch.cat([unconditional + guidance_scale * (epsilon - unconditional), variance], -1)
+            if isinstance(scheduler, TokenDDPMScheduler):
+                injected = None if noise is None else noise[:, :, step + 1].to(device, torch.float32)
+                sample = scheduler.step(output, timestep, sample, temperature, injected, generator, return_dict=False)[
+                    0
+                ]
+            else:
+                # (B, 1, K, C): schedulers that keep `variance_type` from our configuration slice epsilon as [:, :3],
+                # which leaves a single channel whole.
+                epsilon = output.chunk(2, dim=-1)[0].unsqueeze(1)
+                sample = scheduler.step(epsilon, timestep, sample.unsqueeze(1), generator=generator, return_dict=False)
+                sample = sample[0].squeeze(1).float()
+        return sample
+
+    def _embed_time(self, timesteps: torch.Tensor) -> torch.Tensor:
+        # Cosines first, then sines; float32 whatever the weights are.
+        sinusoids = get_timestep_embedding(timesteps, TIMESTEP_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
+        return self.time_embedding(sinusoids.to(self.condition_proj.weight.dtype))
+
+    def _embed_condition(self, condition: torch.Tensor) -> torch.Tensor:
+        return self.condition_proj(condition.to(self.condition_proj.weight.dtype))
+
+    def _denoise(self, noisy_tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """The MLP, given the sum of the time's and the condition's embedding."""
+        hidden_states = self.token_proj(noisy_tokens.to(self.token_proj.weight.dtype))
+        embedding = nn.functional.silu(embedding)
+        for block in self.blocks:
+            hidden_states = block(hidden_states, embedding)
+        shift, scale = self.out_modulation(embedding).chunk(2, dim=-1)
+        return self.out_proj(self.out_norm(hidden_states) * (1 + scale) + shift)

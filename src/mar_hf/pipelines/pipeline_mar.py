@@ -1,0 +1,447 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline: which tokens next, until the picture is whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging, replace_example_docstring
+from huggingface_hub import create_repo, file_exists
+
+from ..generation import (
+    GENERATION_ORDERS,
+    GUIDANCE_SCHEDULES,
+    HEAD_STEP_SCHEDULES,
+    TOKEN_SCHEDULES,
+    look_up,
+)
+from ..hub import build_model_card
+from ..models import MARForImageGeneration
+from ..tokenizers import ImageTokenizer
+
+
+logger = logging.get_logger(__name__)
+
+# The paper's sampling (arXiv:2406.11838, appendix B), with the 64 steps of the released code's example.
+GENERATION_DEFAULTS: dict[str, Any] = {
+    "num_inference_steps": 64,
+    "guidance_scale": 3.0,
+    "num_diffusion_steps": 100,
+    "guidance_schedule": "linear",
+    "token_schedule": "cosine",
+    "head_step_schedule": "constant",
+    "temperature": 1.0,
+    "generation_order": "random",
+}
+
+# Tokens have unit variance; beyond this they are not tokens any more but a sampler that ran away.
+EXPLODED = 20.0
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from mar_hf import MARPipeline, demo_checkpoint
+
+        >>> pipe = MARPipeline.from_pretrained(demo_checkpoint())
+        >>> images = pipe(class_labels=["heart", "clock"], generator=torch.Generator().manual_seed(0)).images
+        ```
+"""
+
+
+class MARPipeline(DiffusionPipeline):
+    """Class-conditional pictures from an autoregressive model over continuous tokens (MAR, arXiv:2406.11838).
+
+    Args:
+        transformer ([`MARForImageGeneration`]): the backbone with its token head.
+        vae ([`ImageTokenizer`]): tokens to pictures; the slot keeps diffusers' name.
+        scheduler (`SchedulerMixin`): runs the head: [`TokenDDPMScheduler`], or a diffusers scheduler made with
+            `X.from_config(pipe.scheduler.config)`.
+        id2label (`dict`, *optional*): names of the classes, by number; several names of one class are separated by ", ".
+        generation_defaults (`dict`, *optional*): what `__call__` uses where an argument is None, saved with the
+            pipeline; keys are those of `GENERATION_DEFAULTS`, which fill the gaps.
+
+    Raises:
+        ValueError: if the tokenizer's tokens do not fit the transformer, or a default is unknown.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs = ["latents", "mask"]
+
+    def __init__(
+        self,
+        transformer: MARForImageGeneration,
+        vae: ImageTokenizer,
+        scheduler: SchedulerMixin,
+        id2label: dict[int, str] | None = None,
+        generation_defaults: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        # JSON turns the numbers into strings.
+        id2label = None if id2label is None else {int(number): name for number, name in id2label.items()}
+        self.register_to_config(id2label=id2label, generation_defaults=generation_defaults)
+        for name in generation_defaults or {}:
+            look_up(GENERATION_DEFAULTS, name, "generation_defaults")
+        if transformer is not None and vae is not None and transformer.config.token_dim != vae.token_dim:
+            raise ValueError(
+                f"`vae` makes tokens of {vae.token_dim} numbers, but `transformer` takes {transformer.config.token_dim}."
+            )
+        self.image_processor = VaeImageProcessor(do_resize=False)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Number of each class, by name; a class with several names appears under each and under all together."""
+        numbers = {}
+        for number, names in (self.config.id2label or {}).items():
+            for name in (names, *names.split(", ")):
+                numbers.setdefault(name, int(number))
+        return numbers
+
+    @property
+    def generation_defaults(self) -> dict[str, Any]:
+        """What `__call__` uses where an argument is None."""
+        return {**GENERATION_DEFAULTS, **(self.config.generation_defaults or {})}
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the running call; callbacks may change `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the running call computes the unconditional branch."""
+        return self._conditional and self._guidance_scale != 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        """Autoregressive steps of the last call: as many as calls of the callback."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the running call was asked to stop: set `_interrupt` in a callback."""
+        return self._interrupt
+
+    def check_inputs(
+        self,
+        settings: dict[str, Any],
+        class_labels: Any,
+        num_images_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        noise: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> list[int | None]:
+        """Check everything that a caller can get wrong, before any work is done.
+
+        Args:
+            settings (`dict[str, Any]`): the arguments that have defaults in the checkpoint.
+            class_labels (`Any`): as `__call__` takes them.
+            num_images_per_prompt (`int`): pictures for each label.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): as `__call__` takes it.
+            noise (`torch.Tensor`, *optional*): as `__call__` takes it.
+            output_type (`str`): pil, np, pt or latent.
+            callback_on_step_end_tensor_inputs (`list[str]`): names for the callback.
+
+        Returns:
+            `list[int | None]`: the class number of each picture, None where there is no class.
+
+        Raises:
+            ValueError: with the argument, its value and what is allowed.
+        """
+        config = self.transformer.config
+        if num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` has to be at least 1, got {num_images_per_prompt}.")
+        labels = [None] if class_labels is None else self._label_numbers(class_labels)
+        labels = [label for label in labels for _ in range(num_images_per_prompt)]
+        steps = settings["num_inference_steps"]
+        if not isinstance(steps, int) or not 1 <= steps <= config.num_tokens:
+            raise ValueError(f"`num_inference_steps` has to lie in 1..{config.num_tokens} (the tokens), got {steps}.")
+        head_steps = settings["num_diffusion_steps"]
+        if not isinstance(head_steps, int) or not 1 <= head_steps <= self.scheduler.config.num_train_timesteps:
+            limit = self.scheduler.config.num_train_timesteps
+            raise ValueError(f"`num_diffusion_steps` has to lie in 1..{limit}, got {head_steps}.")
+        if settings["temperature"] < 0:
+            raise ValueError(f"`temperature` has to be at least 0, got {settings['temperature']}.")
+        look_up(TOKEN_SCHEDULES, settings["token_schedule"], "token_schedule")
+        look_up(GUIDANCE_SCHEDULES, settings["guidance_schedule"], "guidance_schedule")
+        look_up(HEAD_STEP_SCHEDULES, settings["head_step_schedule"], "head_step_schedule")
+        self._check_order(settings["generation_order"], len(labels))
+        self.transformer.head.check_scheduler(self.scheduler, settings["temperature"])
+        if isinstance(generator, list) and len(generator) != len(labels):
+            raise ValueError(
+                f"`generator` has to hold one generator per picture ({len(labels)}), got {len(generator)}."
+            )
+        shape = (len(labels), config.num_tokens, head_steps + 1, config.token_dim)
+        if noise is not None and noise.shape != shape:
+            raise ValueError(f"`noise` has to be of shape {shape}, got {tuple(noise.shape)}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` has to be pil, np, pt or latent, got {output_type!r}.")
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, got {sorted(unknown)}."
+            )
+        return labels
+
+    def _label_numbers(self, class_labels: Any) -> list[int]:
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.reshape(-1).tolist()
+        if isinstance(class_labels, (int, str)):
+            class_labels = [class_labels]
+        numbers = []
+        for label in class_labels:
+            # Labels batched as [[1], [1]], as diffusers' own tests write them, are flattened.
+            numbers += self._label_numbers(label) if isinstance(label, (list, tuple)) else [self._label_number(label)]
+        if not numbers:
+            raise ValueError("`class_labels` is empty; None means no class.")
+        return numbers
+
+    def _label_number(self, label: int | str) -> int:
+        limit = self.transformer.config.num_classes
+        if isinstance(label, str):
+            if label not in self.labels:
+                shown = sorted(self.labels)[:40] or "none: this checkpoint has no class names"
+                raise ValueError(f"`class_labels` has the unknown name {label!r}; known names: {shown}.")
+            return self.labels[label]
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < limit:
+            raise ValueError(f"`class_labels` has to lie in 0..{limit - 1} or be class names, got {label!r}.")
+        return label
+
+    def _check_order(self, order: str | torch.Tensor, batch_size: int) -> None:
+        if isinstance(order, str):
+            look_up(GENERATION_ORDERS, order, "generation_order")
+            return
+        num_tokens = self.transformer.config.num_tokens
+        if not isinstance(order, torch.Tensor) or order.shape != (batch_size, num_tokens):
+            shape = tuple(getattr(order, "shape", ())) or order
+            raise ValueError(
+                f"`generation_order` has to be one of {sorted(GENERATION_ORDERS)} or a tensor of shape "
+                f"{(batch_size, num_tokens)}, got {shape!r}."
+            )
+        if not torch.equal(order.cpu().long().sort(1).values, torch.arange(num_tokens).expand(batch_size, -1)):
+            raise ValueError(f"`generation_order` has to hold each position 0..{num_tokens - 1} once in every row.")
+
+    def prepare_randomness(
+        self,
+        batch_size: int,
+        generation_order: str | torch.Tensor,
+        num_diffusion_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        noise: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All randomness of a call: each picture draws its order, then its noise, from its own generator.
+
+        Args:
+            batch_size (`int`): pictures.
+            generation_order (`str` or `torch.Tensor`): a name in `GENERATION_ORDERS`, or the orders themselves.
+            num_diffusion_steps (`int`): most head steps in any autoregressive step.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one for all pictures, drawn from one
+                after the other, or one each; None means a new one from the system's entropy.
+            noise (`torch.Tensor`, *optional*): the noise itself.
+
+        Returns:
+            two `torch.Tensor` on the CPU: orders of shape `(batch_size, num_tokens)`, int64, and noise of shape
+            `(batch_size, num_tokens, num_diffusion_steps + 1, token_dim)`, float32.
+        """
+        config = self.transformer.config
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed()
+        generators = generator if isinstance(generator, list) else [generator] * batch_size
+        shape = (config.num_tokens, num_diffusion_steps + 1, config.token_dim)
+        orders, noises = [], []
+        for source in generators:
+            if isinstance(generation_order, str):
+                orders.append(GENERATION_ORDERS[generation_order](config.num_tokens, generator=source))
+            if noise is None:
+                noises.append(torch.randn(shape, generator=source, device=source.device).cpu())
+        orders = torch.stack(orders) if orders else generation_order.long()
+        return orders, torch.stack(noises) if noises else noise
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_diffusion_steps: int | None = None,
+        guidance_schedule: str | None = None,
+        token_schedule: str | None = None,
+        head_step_schedule: str | None = None,
+        temperature: float | None = None,
+        generation_order: str | torch.Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["MARPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' signature)
+    ) -> ImagePipelineOutput | tuple:
+        """Generate pictures.
+
+        Where an argument says *optional*, None means the checkpoint's default.
+
+        Args:
+            class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): classes by number or name; None generates
+                without a class.
+            num_inference_steps (`int`, *optional*): autoregressive steps, at most the number of tokens.
+            guidance_scale (`float`, *optional*): classifier-free guidance; 1.0 means none.
+            num_diffusion_steps (`int`, *optional*): steps of the token head's sampler.
+            guidance_schedule (`str`, *optional*): a name in `GUIDANCE_SCHEDULES`: linear or constant.
+            token_schedule (`str`, *optional*): a name in `TOKEN_SCHEDULES`: cosine or constant.
+            head_step_schedule (`str`, *optional*): a name in `HEAD_STEP_SCHEDULES`: constant, or linear annealing.
+            temperature (`float`, *optional*): multiplies the noise that the head's sampler injects.
+            generation_order (`str` or `torch.Tensor` of shape `(batch, num_tokens)`, *optional*): a name in
+                `GENERATION_ORDERS`, or the positions in the order in which they are generated.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): pictures for each label.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): the only source of randomness; a list
+                has one per picture, which then does not depend on the others.
+            noise (`torch.Tensor` of shape `(batch, num_tokens, num_diffusion_steps + 1, token_dim)`, *optional*): entry 0
+                starts the head for the token at that position, entry 1 + s is injected at its step s.
+            output_type (`str`, *optional*, defaults to `"pil"`): pil, np, pt (in [0, 1]) or latent (unit-scaled grid).
+            return_dict (`bool`, *optional*, defaults to `True`): False gives a tuple.
+            callback_on_step_end (`Callable`, *optional*): called after each autoregressive step with the pipeline, the
+                step, the number of tokens done and a dict; what it returns replaces the tensors.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`): what the dict holds:
+                `latents` (the grid so far, 0 where nothing is yet) and `mask`.
+
+        Examples:
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`]: `images`; or a tuple with them.
+
+        Raises:
+            ValueError: if an argument is out of range or of the wrong shape.
+        """
+        # 1. Check inputs
+        given = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "num_diffusion_steps": num_diffusion_steps,
+            "guidance_schedule": guidance_schedule,
+            "token_schedule": token_schedule,
+            "head_step_schedule": head_step_schedule,
+            "temperature": temperature,
+            "generation_order": generation_order,
+        }
+        defaults = self.generation_defaults
+        settings = {name: defaults[name] if value is None else value for name, value in given.items()}
+        labels = self.check_inputs(
+            settings,
+            class_labels,
+            num_images_per_prompt,
+            generator,
+            noise,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        self._guidance_scale = settings["guidance_scale"]
+        self._conditional = labels[0] is not None
+        self._interrupt = False
+
+        # 2. Schedules: one entry per autoregressive step
+        config, device, batch_size = self.transformer.config, self._execution_device, len(labels)
+        steps = settings["num_inference_steps"]
+        tokens_per_step = TOKEN_SCHEDULES[settings["token_schedule"]](config.num_tokens, steps)
+        head_steps = HEAD_STEP_SCHEDULES[settings["head_step_schedule"]](settings["num_diffusion_steps"], steps)
+        guidance = GUIDANCE_SCHEDULES[settings["guidance_schedule"]]
+        self._num_timesteps = steps
+
+        # 3. Labels, orders and noise
+        labels = torch.tensor(labels, device=device) if self._conditional else None
+        orders, noise = self.prepare_randomness(
+            batch_size, settings["generation_order"], settings["num_diffusion_steps"], generator, noise
+        )
+        orders, noise = orders.to(device), noise.to(device)
+        tokens = torch.zeros(batch_size, config.num_tokens, config.token_dim, device=device)
+        mask = torch.ones(batch_size, config.num_tokens, dtype=torch.bool, device=device)
+
+        # 4. Autoregressive loop
+        done = 0
+        with self.progress_bar(total=steps) as progress_bar:
+            for step, count in enumerate(tokens_per_step):
+                if self.interrupt:
+                    break
+                positions = orders[:, done : done + count]
+                condition, negative = self._predict(tokens, mask, labels, config.num_tokens - done, positions)
+                sampled = self.transformer.head.sample(
+                    condition=condition,
+                    negative_condition=negative,
+                    guidance_scale=guidance(self.guidance_scale, tokens_per_step)[step]
+                    if negative is not None
+                    else 1.0,
+                    scheduler=self.scheduler,
+                    num_steps=head_steps[step],
+                    temperature=settings["temperature"],
+                    noise=noise.gather(1, positions[..., None, None].expand(-1, -1, *noise.shape[2:])),
+                    generator=generator,
+                )
+                tokens = tokens.scatter(1, positions[..., None].expand_as(sampled), sampled)
+                mask = mask.scatter(1, positions, False)
+                done += count
+                if callback_on_step_end is not None:
+                    latents = self.vae.unpatchify(tokens, config.grid_height)
+                    available = {"latents": latents, "mask": mask}
+                    kwargs = {name: available[name] for name in callback_on_step_end_tensor_inputs}
+                    returned = callback_on_step_end(self, step, done, kwargs) or {}
+                    if "latents" in returned:
+                        tokens = self.vae.patchify(returned["latents"]).to(tokens)
+                progress_bar.update()
+
+        # 5. Decode
+        largest = tokens.abs().max().item()
+        if not largest <= EXPLODED:
+            logger.warning(
+                f"The head's sampler ran away: tokens reach {largest:.3g} where about 4 is usual. If the model is young or "
+                "in half precision, give its scheduler `max_timestep=950`, or use more `num_diffusion_steps`."
+            )
+        latents = self.vae.unpatchify(tokens, config.grid_height)
+        image = latents
+        if output_type != "latent":
+            image = self.vae.decode(latents.to(self.vae.dtype)).float()
+            image = self.image_processor.postprocess(image, output_type=output_type)
+
+        # 6. Offload
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=image) if return_dict else (image,)
+
+    def _predict(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        labels: torch.Tensor | None,
+        num_masked: int,
+        positions: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Condition vectors (B, K, D) at the positions, and those of the null class where guidance needs them."""
+        guided = self.do_classifier_free_guidance
+        if guided:
+            null = torch.full_like(labels, self.transformer.config.num_classes)
+            tokens, mask, labels = torch.cat([tokens] * 2), torch.cat([mask] * 2), torch.cat([labels, null])
+            positions = torch.cat([positions] * 2)
+        condition = self.transformer(tokens, mask, labels, num_masked=num_masked).condition
+        condition = condition.gather(1, positions[..., None].expand(-1, -1, condition.shape[-1]))
+        return tuple(condition.chunk(2)) if guided else (condition, None)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload the pipeline; a repository without a card gets one whose snippet runs.
+
+        Args:
+            repo_id (`str`): where to.
+            kwargs (`Any`): as for `DiffusionPipeline.push_to_hub`: `private`, `token`, `commit_message`, ...
+
+        Returns:
+            `str`: the address of the upload.
+        """
+        token = kwargs.get("token")
+        repo_id = create_repo(repo_id, private=kwargs.get("private"), token=token, exist_ok=True).repo_id
+        if not file_exists(repo_id, "README.md", token=token):
+            names = self.config.id2label
+            names = None if names is None else [names[number] for number in sorted(names)]
+            build_model_card(repo_id, class_names=names).push_to_hub(repo_id, token=token)
+        return super().push_to_hub(repo_id, **kwargs)

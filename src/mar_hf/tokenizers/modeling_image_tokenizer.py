@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image tokenizer: pictures to a grid of unit-scaled continuous tokens, and back."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    VQModel,
+)
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..loading import StrictLoadingMixin
+from .configuration_image_tokenizer import ImageTokenizerConfig
+
+
+AUTOENCODERS = {
+    cls.__name__: cls for cls in (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderTiny, VQModel)
+}
+
+
+@dataclass
+class ImageTokenizerOutput(ModelOutput):
+    """What [`ImageTokenizer.encode`] returns.
+
+    Args:
+        latents (`torch.Tensor` of shape `(batch, channels, height, width)`): the unit-scaled latent grid.
+        tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the same numbers, one row per token.
+    """
+
+    latents: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+
+
+class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
+    """Any diffusers autoencoder (or none: pixels) with its latent statistics and its patch size.
+
+    A token is a square of `patch_size` x `patch_size` latent positions, channel-major: its features are ordered
+    (channel, row, column), as in the original code of MAR (arXiv:2406.11838).
+
+    Args:
+        config ([`ImageTokenizerConfig`]): see there.
+
+    Raises:
+        ValueError: if the configuration names an autoencoder class that is not in `AUTOENCODERS`.
+    """
+
+    config_class = ImageTokenizerConfig
+    config: ImageTokenizerConfig
+    base_model_prefix = "image_tokenizer"
+    main_input_name = "pixel_values"
+    _no_split_modules = ["ResnetBlock2D", "Attention"]
+
+    def __init__(self, config: ImageTokenizerConfig):
+        super().__init__(config)
+        self.autoencoder = None
+        if config.autoencoder is not None:
+            name = config.autoencoder.get("_class_name")
+            if name not in AUTOENCODERS:
+                raise ValueError(f"`autoencoder` has to be one of {sorted(AUTOENCODERS)}, got {name!r}.")
+            self.autoencoder = AUTOENCODERS[name].from_config(config.autoencoder)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # The autoencoder's layers know their own initialisation; the default of transformers would replace it.
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    @classmethod
+    def from_autoencoder(
+        cls,
+        autoencoder: nn.Module,
+        patch_size: int = 1,
+        scaling_factor: float | list[float] | None = None,
+        shift_factor: float | list[float] | None = None,
+        normalizer: str = "affine",
+    ) -> "ImageTokenizer":
+        """Wrap a loaded diffusers autoencoder; its weights are shared, not copied.
+
+        Args:
+            autoencoder (`torch.nn.Module`): an instance of one of `AUTOENCODERS`.
+            patch_size (`int`, *optional*, defaults to 1): latent positions along a token's side.
+            scaling_factor (`float` or `list[float]`, *optional*): None takes the autoencoder's own, or 1.0.
+            shift_factor (`float` or `list[float]`, *optional*): None takes the autoencoder's own, or 0.0.
+            normalizer (`str`, *optional*, defaults to `"affine"`): see [`ImageTokenizerConfig`].
+
+        Returns:
+            [`ImageTokenizer`]: in the autoencoder's dtype and training mode.
+        """
+        settings = {"_class_name": type(autoencoder).__name__, **autoencoder.config}
+        if scaling_factor is None:
+            scaling_factor = settings.get("scaling_factor") or 1.0
+        if shift_factor is None:
+            shift_factor = settings.get("shift_factor") or 0.0
+        config = ImageTokenizerConfig(
+            autoencoder={k: v for k, v in settings.items() if k == "_class_name" or not k.startswith("_")},
+            patch_size=patch_size,
+            normalizer=normalizer,
+            shift_factor=shift_factor,
+            scaling_factor=scaling_factor,
+        )
+        with torch.device("meta"):
+            tokenizer = cls(config)
+        tokenizer.autoencoder = autoencoder
+        return tokenizer.train(autoencoder.training)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latent grid."""
+        return self.config.latent_channels
+
+    @property
+    def token_dim(self) -> int:
+        """Numbers in one token: channels times `patch_size` squared."""
+        return self.latent_channels * self.config.patch_size**2
+
+    @property
+    def stride(self) -> int:
+        """Pixels along one side of a token."""
+        if self.autoencoder is None:
+            return self.config.patch_size
+        settings = self.autoencoder.config
+        widths = settings.get("block_out_channels") or settings.get("down_block_out_channels")
+        widths = widths or settings.get("encoder_block_out_channels")
+        return 2 ** (len(widths) - 1) * self.config.patch_size
+
+    @apply_forward_hook
+    def encode(
+        self,
+        pixel_values: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        sample_posterior: bool = True,
+    ) -> ImageTokenizerOutput:
+        """Pictures to unit-scaled latents and tokens.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): in [-1, 1]; height and width multiples
+                of `stride`.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the posterior's noise.
+            sample_posterior (`bool`, *optional*, defaults to `True`): sample a variational autoencoder's posterior, as
+                the original trains; False takes its mode.
+
+        Returns:
+            [`ImageTokenizerOutput`]: `latents` and `tokens`, in the dtype of `pixel_values`.
+
+        Raises:
+            ValueError: if the shape is not as described.
+        """
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"`pixel_values` has to be of shape (batch, 3, height, width), got {pixel_values.shape}.")
+        if pixel_values.shape[2] % self.stride or pixel_values.shape[3] % self.stride:
+            size = tuple(pixel_values.shape[2:])
+            raise ValueError(f"`pixel_values` has size {size}; both sides have to be multiples of {self.stride}.")
+        latents = pixel_values
+        if self.autoencoder is not None:
+            encoded = self.autoencoder.encode(pixel_values.to(self.autoencoder.dtype))
+            posterior = getattr(encoded, "latent_dist", None)
+            if posterior is None:
+                latents = encoded.latent if hasattr(encoded, "latent") else encoded.latents
+            else:
+                latents = posterior.sample(generator) if sample_posterior else posterior.mode()
+        latents = (latents.float() - self._per_channel("shift_factor", latents)) * self._per_channel(
+            "scaling_factor", latents
+        )
+        tokens = self.patchify(latents)
+        if self.config.normalizer == "token_layer_norm":
+            tokens = nn.functional.layer_norm(tokens, tokens.shape[-1:])
+            latents = self.unpatchify(tokens, latents.shape[2] // self.config.patch_size)
+        return ImageTokenizerOutput(latents=latents.to(pixel_values.dtype), tokens=tokens.to(pixel_values.dtype))
+
+    @apply_forward_hook
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Unit-scaled tokens or latents to pictures.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch, channels, height, width)` or `(batch, num_tokens, token_dim)`):
+                the latent grid, or the tokens of a square one.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, 3, height, width)`: about [-1, 1], not clamped, in the dtype of `latents`.
+
+        Raises:
+            ValueError: if the shape is neither.
+        """
+        dtype = latents.dtype
+        if latents.ndim == 3:
+            latents = self.unpatchify(latents)
+        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"`latents` has to be of shape (batch, {self.latent_channels}, height, width) or (batch, num_tokens, "
+                f"{self.token_dim}), got {tuple(latents.shape)}."
+            )
+        latents = latents.float() / self._per_channel("scaling_factor", latents) + self._per_channel(
+            "shift_factor", latents
+        )
+        if self.autoencoder is None:
+            return latents.to(dtype)
+        return self.autoencoder.decode(latents.to(self.autoencoder.dtype)).sample.to(dtype)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Reconstruct pictures through the posterior's mode.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): in [-1, 1].
+
+        Returns:
+            `torch.Tensor` of the same shape.
+        """
+        return self.decode(self.encode(pixel_values, sample_posterior=False).latents)
+
+    def patchify(self, latents: torch.Tensor) -> torch.Tensor:
+        """Cut a latent grid into tokens.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch, channels, height, width)`): both sides multiples of `patch_size`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, height * width / patch_size**2, channels * patch_size**2)`: row by row,
+            channel-major inside a token.
+        """
+        patch = self.config.patch_size
+        batch, channels, height, width = latents.shape
+        grid = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
+        # (B, c, h, p, w, q) -> (B, h, w, c, p, q)
+        return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, self.token_dim)
+
+    def unpatchify(self, tokens: torch.Tensor, grid_height: int | None = None) -> torch.Tensor:
+        """Put tokens back into a latent grid: the inverse of `patchify`.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): row by row.
+            grid_height (`int`, *optional*): rows of the grid; None means a square grid.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, channels, height, width)`.
+
+        Raises:
+            ValueError: if the tokens are of another width or do not fill such a grid.
+        """
+        if tokens.ndim != 3 or tokens.shape[-1] != self.token_dim:
+            raise ValueError(
+                f"`tokens` has to be of shape (batch, num_tokens, {self.token_dim}), got {tuple(tokens.shape)}."
+            )
+        batch, num_tokens, _ = tokens.shape
+        rows = round(num_tokens**0.5) if grid_height is None else grid_height
+        if num_tokens % rows or (grid_height is None and rows * rows != num_tokens):
+            raise ValueError(f"{num_tokens} tokens do not fill a grid of {rows} rows; give `grid_height`.")
+        patch = self.config.patch_size
+        grid = tokens.reshape(batch, rows, num_tokens // rows, self.latent_channels, patch, patch)
+        # (B, h, w, c, p, q) -> (B, c, h, p, w, q)
+        return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, self.latent_channels, rows * patch, -1)
+
+    def _per_channel(self, name: str, latents: torch.Tensor) -> torch.Tensor:
+        value = torch.tensor(getattr(self.config, name), dtype=torch.float32, device=latents.device)
+        return value.reshape(1, -1, 1, 1)
