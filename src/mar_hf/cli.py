@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `mar-hf` command: convert and export checkpoints, generate pictures, describe a model."""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError, safe_open
+
+from . import demo_checkpoint
+from .conversion import ORIGINAL_SCALING_FACTOR, convert_checkpoint, export_checkpoint, weight_files
+from .models import MARConfig
+from .pipelines import MARPipeline
+from .tokenizers import ImageTokenizer, ImageTokenizerConfig
+
+
+FEW_CLASSES = 40
+CELL = 96  # smaller pictures are enlarged to at least this in the grid, by whole factors
+SETTINGS = ("num_inference_steps", "num_diffusion_steps", "guidance_scale", "temperature")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, with one sub-command for each thing it does."""
+    parser = argparse.ArgumentParser(prog="mar-hf", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        sub.set_defaults(run=function)
+        return sub
+
+    sub = command(convert)
+    sub.add_argument("src", metavar="SRC", help="checkpoint-last.pth, .safetensors, or a KL autoencoder's .ckpt")
+    sub.add_argument("dst", metavar="DST", help="folder to write; must not hold anything yet")
+    sub.add_argument("--vae", metavar="KL", help="the KL autoencoder's file: DST becomes a whole pipeline")
+    sub.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or raw (default: ema)")
+    sub.add_argument("--config", metavar="ORIGINAL_ARGS.json", help="arguments of the original model's constructor")
+    sub.add_argument(
+        "--scaling-factor",
+        type=float,
+        default=ORIGINAL_SCALING_FACTOR,
+        help="what unit-scales the autoencoder's latents (default: %(default)s)",
+    )
+
+    sub = command(export)
+    sub.add_argument("src", metavar="SRC", help="folder of a pipeline, a transformer or an image tokenizer")
+    sub.add_argument("dst", metavar="DST", help="a folder for a pipeline, else a .safetensors, .pth or .ckpt file")
+
+    sub = command(generate)
+    _add_model(sub)
+    sub.add_argument(
+        "--class-labels",
+        nargs="+",
+        metavar="CLASS",
+        help=f"names or numbers (default: all if there are at most {FEW_CLASSES}, else 8 of them)",
+    )
+    sub.add_argument("--num-images-per-class", type=int, default=4, help="(default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    for name in SETTINGS:
+        kind = int if name.endswith("steps") else float
+        sub.add_argument(f"--{name.replace('_', '-')}", type=kind, help="(default: the model's own)")
+    sub.add_argument("--output", type=Path, metavar="FILE.png", help="the labelled grid (default: samples.png)")
+    sub.add_argument("--output-dir", type=Path, metavar="FOLDER", help="one PNG per picture")
+    sub.add_argument("--batch-size", type=int, default=32, help="pictures at a time (default: %(default)s)")
+    sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+
+    sub = command(info)
+    _add_model(sub)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("model", metavar="MODEL", nargs="?", help="a folder or a hub id")
+    which.add_argument("--demo", action="store_true", help="the small model that comes with the package")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """turn an original checkpoint into a folder of this package"""
+    start = time.perf_counter()
+    convert_checkpoint(args.src, args.dst, args.vae, args.weights, args.config, args.scaling_factor)
+    print(f"{args.dst}: written in {time.perf_counter() - start:.1f} s")
+
+
+def export(args: argparse.Namespace) -> None:
+    """write a saved model or pipeline back under the original's names"""
+    start = time.perf_counter()
+    export_checkpoint(args.src, args.dst)
+    print(f"{args.dst}: written in {time.perf_counter() - start:.1f} s")
+
+
+def generate(args: argparse.Namespace) -> None:
+    """draw pictures of some classes, as a labelled grid or as single files"""
+    start = time.perf_counter()
+    if args.output is None and args.output_dir is None:
+        args.output = Path("samples.png")
+    if args.output is not None and args.output.suffix.lower() != ".png":
+        raise ValueError(f"`--output` is {str(args.output)!r}, expected a file ending in .png")
+    for name in ("num_images_per_class", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`--{name.replace('_', '-')}` is {getattr(args, name)}, it has to be at least 1")
+    pipeline = MARPipeline.from_pretrained(_model(args)).to(args.device)
+    pipeline.set_progress_bar_config(disable=None)  # shown on a terminal only
+
+    labels = choose_classes(pipeline, args.class_labels)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    jobs = [(label, number) for label in labels for number in range(args.num_images_per_class)]
+    images = []
+    for first in range(0, len(jobs), args.batch_size):
+        batch = jobs[first : first + args.batch_size]
+        generators = [image_generator(args.seed, label, number) for label, number in batch]
+        images += pipeline(class_labels=[label for label, _ in batch], generator=generators, **settings).images
+
+    written = []
+    names = [class_name(pipeline, label) for label in labels]
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        draw_grid(images, names).save(args.output)
+        written.append(str(args.output))
+    if args.output_dir is not None:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        for (label, number), image in zip(jobs, images, strict=True):
+            slug = re.sub(r"\W+", "-", class_name(pipeline, label)).strip("-")
+            image.save(args.output_dir / f"{label:04d}-{slug}-{number:03d}.png")
+        written.append(f"{args.output_dir}/")
+    print(f"{len(images)} pictures in {time.perf_counter() - start:.1f} s: {', '.join(written)}")
+
+
+def info(args: argparse.Namespace) -> None:
+    """describe a model: components, sizes, geometry, scheduler, saved defaults, classes"""
+    model = _model(args)
+    folder = Path(model if Path(model).is_dir() else MARPipeline.download(model))
+    print("\n".join(f"{key:<13}{value}".rstrip() for key, value in describe(folder)))
+
+
+def _model(args: argparse.Namespace) -> str:
+    return str(demo_checkpoint()) if args.demo else args.model
+
+
+def choose_classes(pipeline: MARPipeline, wanted: Sequence[str] | None) -> list[int]:
+    """Class numbers of names or numbers, each once; of none the model's classes, or eight of them if they are many.
+
+    Args:
+        pipeline ([`MARPipeline`]): it knows how many classes there are, and their names.
+        wanted (`Sequence[str]`, *optional*): names, or numbers in decimal digits.
+
+    Returns:
+        `list[int]`: in the order wanted.
+
+    Raises:
+        ValueError: if a name is unknown. (A number out of range is for the pipeline to refuse.)
+    """
+    count = pipeline.transformer.config.num_classes
+    if wanted is None:
+        return list(range(count)) if count <= FEW_CLASSES else list(range(0, count, -(-count // 8)))
+    known = pipeline.labels
+    labels = [int(name) if name.isdecimal() else known.get(name) for name in wanted]
+    if None in labels:
+        some = ", ".join(list(known)[:FEW_CLASSES]) or "numbers only, this model names no classes"
+        raise ValueError(f"`--class-labels`: {wanted[labels.index(None)]!r} is unknown; known are {some}")
+    return list(dict.fromkeys(labels))
+
+
+def class_name(pipeline: MARPipeline, label: int) -> str:
+    """The name of a class, or "class 7" where the model names none."""
+    names = {int(key): name for key, name in (pipeline.config.id2label or {}).items()}
+    return names.get(label, f"class {label}")
+
+
+def image_generator(seed: int, label: int, number: int) -> torch.Generator:
+    """The random generator of one picture: it depends on seed, class and number alone, not on what else is drawn."""
+    digest = hashlib.sha256(f"{seed}/{label}/{number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def draw_grid(images: Sequence[Image.Image], names: Sequence[str]) -> Image.Image:
+    """One row of pictures for each name, with the name before it.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`): all of one size, row after row, as many for every name.
+        names (`Sequence[str]`): one for each row.
+
+    Returns:
+        `PIL.Image.Image`: RGB. Small pictures are enlarged by a whole factor, without smoothing.
+    """
+    gap, columns = 4, len(images) // len(names)
+    factor = max(1, -(-CELL // images[0].width))
+    width, height = images[0].width * factor, images[0].height * factor
+    font = ImageFont.load_default(size=16)
+    texts = [textwrap.shorten(name, 28, placeholder="...") for name in names]
+    left = max(round(font.getlength(text)) for text in texts) + 4 * gap
+    size = (left + columns * (width + gap), len(names) * (height + gap) + gap)
+    grid = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(grid)
+    for row, text in enumerate(texts):
+        top = gap + row * (height + gap)
+        draw.text((left - 2 * gap, top + height // 2), text, fill="black", font=font, anchor="rm")
+        for column, image in enumerate(images[row * columns : (row + 1) * columns]):
+            enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            grid.paste(enlarged, (left + column * (width + gap), top))
+    return grid
+
+
+def describe(folder: Path) -> list[tuple[str, str]]:
+    """What `mar-hf info` says of a pipeline's, a transformer's or an image tokenizer's folder, as (key, value) rows.
+
+    Args:
+        folder (`pathlib.Path`): only its configurations and the headers of its weight files are read.
+
+    Returns:
+        `list[tuple[str, str]]`: rows of one component each, then geometry, scheduler, defaults, classes where known.
+
+    Raises:
+        ValueError: if the folder is none of these or a file in it is broken.
+    """
+    index = _json(folder / "model_index.json")
+    parts = {"": folder}
+    if index:
+        parts = {
+            key: folder / key for key, value in index.items() if isinstance(value, list) and (folder / key).is_dir()
+        }
+    configs = {key: _json(part / "config.json") for key, part in parts.items()}
+    if not any(configs.values()):
+        raise ValueError(f"{folder}: neither model_index.json nor config.json, no model that can be described")
+    rows = [("model", f"{index.get('_class_name', 'one component')} in {folder}")]
+    for key, part in parts.items():
+        config = configs[key] or _json(part / "scheduler_config.json")
+        name = config.get("_class_name") or " ".join(config.get("architectures") or ["?"])
+        rows.append((key or "component", f"{name:<24}{_size(part)}"))
+    by_type = {config.get("model_type"): parts[key] for key, config in configs.items()}
+    rows += _geometry(by_type.get(MARConfig.model_type), by_type.get(ImageTokenizerConfig.model_type))
+    if scheduler := _json(folder / "scheduler" / "scheduler_config.json"):
+        rows.append(("timesteps", _settings(scheduler)))
+    if defaults := index.get("generation_defaults"):
+        rows.append(("defaults", _settings(defaults)))
+    if names := index.get("id2label"):
+        few = f": {', '.join(names.values())}" if len(names) <= FEW_CLASSES else ""
+        rows.append(("classes", f"{len(names)}{few}"))
+    return rows
+
+
+def _geometry(transformer: Path | None, tokenizer: Path | None) -> list[tuple[str, str]]:
+    rows = []
+    stride = None
+    if tokenizer:
+        config = ImageTokenizerConfig.from_pretrained(tokenizer)
+        with torch.device("meta"):
+            stride = ImageTokenizer(config).stride
+        kind = config.autoencoder["_class_name"] if config.autoencoder else "pixels, no autoencoder"
+        width = config.latent_channels * config.patch_size**2
+        rows.append(("tokens", f"{kind}; stride {stride}, patch {config.patch_size}, token width {width}"))
+    if transformer:
+        config = MARConfig.from_pretrained(transformer)
+        grid = f"{config.grid_height} x {config.grid_width} tokens of width {config.token_dim}"
+        pixels = f"{config.grid_width * stride} x {config.grid_height * stride} pixels = " if stride else ""
+        rows.append(("picture", pixels + grid))
+        rows.append(
+            (
+                "backbone",
+                f"width {config.hidden_size}, {config.num_encoder_layers} + {config.num_decoder_layers} layers, "
+                f"{config.num_attention_heads} heads, {config.num_classes} classes",
+            )
+        )
+        rows.append(("head", f"{config.head_type}, {_settings(config.head_config)}"))
+    return rows
+
+
+def _size(folder: Path) -> str:
+    """Parameters and bytes of the weights in a folder, from the files' headers."""
+    parameters = size = 0
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file}: truncated or no safetensors file ({error})") from error
+        parameters += sum(torch.Size(shape).numel() for shape in shapes)
+        size += file.stat().st_size
+    return f"{parameters:>13,} parameters {size / 1e6:>10.1f} MB" if size else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error})") from error
+
+
+def _settings(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items() if not key.startswith("_"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `mar-hf` command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): the arguments; None takes those of the process.
+
+    Returns:
+        `int`: 0, or 2 after an error, which is told in one line on the standard error output.
+    """
+    args = build_parser().parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print("mar-hf:", *str(error).split(), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

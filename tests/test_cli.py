@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `mar-hf` command, run in this process on a small converted checkpoint."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mar_hf import MARPipeline
+from mar_hf.cli import CELL, choose_classes, draw_grid, image_generator, main
+from mar_hf.conversion import convert_checkpoint
+
+
+DATA = Path(__file__).parent / "parity" / "data" / "mar-tiny"
+MAR, KL, ARGS = str(DATA / "checkpoint-last.pth"), str(DATA / "kl.ckpt"), str(DATA / "original_args.json")
+NAMES = ["cat", "dog", "red fox", "owl", "cow", "pig", "hen", "bee", "ant", "elk"]
+FEW_STEPS = ["--num-inference-steps", "2", "--num-diffusion-steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The small pipeline, unnamed classes."""
+    return str(convert_checkpoint(MAR, tmp_path_factory.mktemp("cli") / "model", vae=KL, config=ARGS))
+
+
+@pytest.fixture(scope="module")
+def named(model, tmp_path_factory):
+    """The same with names for its classes."""
+    folder = tmp_path_factory.mktemp("cli") / "named"
+    pipeline = MARPipeline.from_pretrained(model)
+    settings = {"id2label": dict(enumerate(NAMES)), "generation_defaults": pipeline.config.generation_defaults}
+    MARPipeline(**pipeline.components, **settings).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def failing(capsys):
+    """Run a command that has to fail: exit code 2, one line of the given content on stderr."""
+
+    def run(message, *argv):
+        assert main(argv) == 2
+        captured = capsys.readouterr()
+        line = captured.err
+        assert line.startswith("mar-hf: ") and line.count("\n") == 1, line
+        assert message in line
+        assert captured.out == ""
+
+    return run
+
+
+def pictures(folder):
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in folder.iterdir()}
+
+
+def test_convert_and_export(tmp_path, capsys):
+    pipeline, back = str(tmp_path / "pipeline"), tmp_path / "back"
+    assert main(["convert", MAR, pipeline, "--vae", KL, "--config", ARGS, "--scaling-factor", "0.5"]) == 0
+    assert MARPipeline.from_pretrained(pipeline).vae.config.scaling_factor == 0.5
+    assert main(["export", pipeline, str(back)]) == 0
+    assert sorted(path.name for path in back.iterdir()) == ["checkpoint-last.pth", "kl.ckpt", "original_args.json"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": written in ")[0] for line in lines] == [pipeline, str(back)]
+
+
+def test_convert_takes_the_weights_named(tmp_path):
+    for weights in ("ema", "model"):
+        assert main(["convert", MAR, str(tmp_path / weights), "--weights", weights, "--config", ARGS]) == 0
+    ema, model = (load_file(tmp_path / weights / "model.safetensors") for weights in ("ema", "model"))
+    assert not torch.equal(ema["model.token_proj.weight"], model["model.token_proj.weight"])
+
+
+def test_generate_a_grid_and_single_pictures(named, tmp_path, capsys):
+    grid, folder = tmp_path / "new" / "grid.png", tmp_path / "pictures"
+    argv = ["generate", named, "--class-labels", "red fox", "0", "--num-images-per-class", "3", *FEW_STEPS]
+    assert main([*argv, "--output", str(grid), "--output-dir", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("6 pictures in ") and f"{grid}, {folder}/" in out
+    expected = [f"{label}-{number:03d}.png" for label in ("0000-cat", "0002-red-fox") for number in range(3)]
+    assert sorted(pictures(folder)) == expected
+    image = Image.open(grid)
+    size = 64 * 2  # the picture's size, enlarged to at least CELL
+    assert image.height == 2 * (size + 4) + 4
+    # The first picture of the first row stands where the labels end.
+    left = image.width - 3 * (size + 4)
+    cell = image.crop((left, 4, left + size, 4 + size)).resize((64, 64), Image.Resampling.NEAREST)
+    assert np.array_equal(np.asarray(cell), np.asarray(Image.open(folder / "0002-red-fox-000.png")))
+    assert np.asarray(image.crop((0, 0, left, image.height)).convert("L")).min() < 100, "labels are drawn"
+
+
+def test_a_picture_does_not_depend_on_the_others(model, tmp_path):
+    def draw(folder, seed, *argv):
+        assert (
+            main(["generate", model, *FEW_STEPS, "--seed", seed, "--output-dir", str(tmp_path / folder), *argv]) == 0
+        )
+        return pictures(tmp_path / folder)
+
+    many = draw("many", "3", "--class-labels", "1", "4", "7", "--num-images-per-class", "3", "--batch-size", "4")
+    few = draw("few", "3", "--class-labels", "7", "--num-images-per-class", "2")
+    other = draw("other", "4", "--class-labels", "7", "--num-images-per-class", "1")
+    first, second = "0007-class-7-000.png", "0007-class-7-001.png"
+    assert len(many) == 9 and sorted(few) == [first, second]
+    for name, picture in few.items():
+        assert np.abs(picture - many[name]).max() <= 1  # rounding
+    assert np.abs(few[first] - few[second]).max() > 1
+    assert np.abs(few[first] - other[first]).max() > 1
+
+
+def test_generators_differ_and_repeat():
+    draws = {
+        key: torch.rand(4, generator=image_generator(*key)) for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    }
+    assert len({tuple(draw.tolist()) for draw in draws.values()}) == 4
+    assert torch.equal(draws[0, 1, 0], torch.rand(4, generator=image_generator(0, 1, 0)))
+
+
+def test_default_classes(model, named):
+    pipeline = MARPipeline.from_pretrained(named)
+    assert choose_classes(pipeline, None) == list(range(10))
+    assert choose_classes(pipeline, ["elk", "2", "red fox"]) == [9, 2]
+    pipeline.transformer.config.num_classes = 1000
+    assert choose_classes(pipeline, None) == [0, 125, 250, 375, 500, 625, 750, 875]
+
+
+def test_settings_default_to_the_model_s_own(model, tmp_path):
+    def draw(folder, *argv):
+        classes = ["--class-labels", "5", "--num-images-per-class", "1"]
+        assert main(["generate", model, *classes, "--output-dir", str(tmp_path / folder), *argv]) == 0
+        return pictures(tmp_path / folder)["0005-class-5-000.png"]
+
+    steps = ["--num-inference-steps", "16", "--num-diffusion-steps", "10"]
+    default = draw("default")
+    assert np.array_equal(default, draw("same", *steps, "--guidance-scale", "3.0", "--temperature", "1.0"))
+    for setting in (["--guidance-scale", "1.0"], ["--temperature", "0.5"], FEW_STEPS[:2], FEW_STEPS[2:]):
+        assert not np.array_equal(default, draw(setting[0], *setting)), setting
+
+
+def test_the_grid_is_what_comes_by_default(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", model, "--num-images-per-class", "1", *FEW_STEPS]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.png"]
+    assert capsys.readouterr().out.startswith("10 pictures in ")
+
+
+def test_a_grid_of_small_pictures_is_enlarged():
+    images = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
+    grid = draw_grid(images, ["a", "a name too long to be written in full before its row of pictures"])
+    assert grid.height == 2 * (CELL + 4) + 4
+    assert grid.getpixel((grid.width - 10, 10)) == (255, 0, 0)
+    assert grid.getpixel((grid.width - 10, grid.height - 10)) == (0, 0, 255)
+    assert grid.width < 400
+
+
+def test_info_of_a_pipeline(named, capsys):
+    assert main(["info", named]) == 0
+    rows = {line[:13].strip(): line[13:] for line in capsys.readouterr().out.splitlines()}
+    tensors = load_file(Path(named, "transformer", "model.safetensors"))
+    count = sum(tensor.numel() for tensor in tensors.values())
+    assert rows["model"] == f"MARPipeline in {named}"
+    assert "MARForImageGeneration" in rows["transformer"] and f"{count:,} parameters" in rows["transformer"]
+    assert "ImageTokenizer" in rows["vae"] and " MB" in rows["vae"]
+    assert rows["scheduler"] == "TokenDDPMScheduler"
+    assert rows["tokens"] == "AutoencoderKL; stride 16, patch 1, token width 8"
+    assert rows["picture"] == "64 x 64 pixels = 4 x 4 tokens of width 8"
+    assert rows["backbone"] == "width 32, 2 + 2 layers, 4 heads, 10 classes"
+    assert rows["head"] == "diffusion, hidden_size 24, num_layers 2"
+    assert "max_timestep 999" in rows["timesteps"]
+    assert rows["classes"] == "10: " + ", ".join(NAMES)
+
+
+def test_info_of_defaults_and_single_components(model, capsys):
+    assert main(["info", model]) == 0
+    out = capsys.readouterr().out
+    assert "num_diffusion_steps 10, num_inference_steps 16, temperature 1.0" in out
+    assert main(["info", f"{model}/transformer"]) == 0
+    assert "4 x 4 tokens of width 8" in capsys.readouterr().out
+    assert main(["info", f"{model}/vae"]) == 0
+    assert "AutoencoderKL; stride 16" in capsys.readouterr().out
+
+
+def test_info_by_hub_id(model, hub, capsys):
+    MARPipeline.from_pretrained(model).push_to_hub("org/tiny")
+    assert main(["info", "org/tiny"]) == 0
+    assert "64 x 64 pixels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "message, options",
+    [
+        ("`--class-labels`: 'wolf' is unknown; known are cat, dog, red fox", ["--class-labels", "cat", "wolf"]),
+        ("10", ["--class-labels", "10"]),
+        ("`--num-images-per-class` is 0", ["--num-images-per-class", "0"]),
+        ("`--batch-size` is -1", ["--batch-size", "-1"]),
+        ("expected a file ending in .png", ["--output", "grid.jpg"]),
+        ("num_inference_steps", ["--num-inference-steps", "17"]),
+        ("temperature", ["--temperature", "-1"]),
+    ],
+)
+def test_generate_refuses(message, options, named, failing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    failing(message, "generate", named, *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unnamed_classes_are_told(model, failing):
+    failing("'cat' is unknown; known are numbers only", "generate", model, "--class-labels", "cat")
+
+
+def test_files_that_are_not_there(failing, tmp_path, hub):
+    failing("No such file", "convert", str(tmp_path / "none.pth"), str(tmp_path / "out"))
+    failing("none", "export", str(tmp_path / "none"), str(tmp_path / "out.pth"))
+    failing("", "generate", str(tmp_path / "none"))
+    failing("", "info", "org/none")
+    failing("neither model_index.json nor config.json", "info", str(tmp_path))
+    (tmp_path / "model_index.json").write_text("{")
+    failing("model_index.json: no JSON", "info", str(tmp_path))
+
+
+def test_broken_weights_are_named(failing, tmp_path):
+    convert_checkpoint(KL, tmp_path / "vae")
+    weights = tmp_path / "vae" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    failing("model.safetensors: truncated", "info", str(tmp_path / "vae"))
+
+
+def test_arguments_are_checked(capsys):
+    for argv in (
+        [],
+        ["generate"],
+        ["convert", "a"],
+        ["generate", "a", "--demo"],
+        ["convert", "a", "b", "--weights", "x"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f"\n    {name} " in out for name in ("convert", "export", "generate", "info"))
