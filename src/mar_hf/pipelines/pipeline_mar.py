@@ -75,8 +75,8 @@ class MARPipeline(DiffusionPipeline):
         transformer: MARForImageGeneration,
         vae: ImageTokenizer,
         scheduler: SchedulerMixin,
-        id2label: dict[int, str] | None = None,
-        generation_defaults: dict[str, Any] | None = None,
+        id2label: dict | None = None,
+        generation_defaults: dict | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)

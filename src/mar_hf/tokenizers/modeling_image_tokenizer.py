@@ -2,6 +2,7 @@
 """The image tokenizer: pictures to a grid of unit-scaled continuous tokens, and back."""
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from diffusers import (
@@ -14,6 +15,7 @@ from diffusers import (
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..loading import StrictLoadingMixin
@@ -65,12 +67,17 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
             if name not in AUTOENCODERS:
                 raise ValueError(f"`autoencoder` has to be one of {sorted(AUTOENCODERS)}, got {name!r}.")
             self.autoencoder = AUTOENCODERS[name].from_config(config.autoencoder)
+        else:
+            # Pixels need no weights, but a checkpoint does, and so does whoever asks where the model is.
+            self.register_buffer("marker", torch.zeros(1))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         # The autoencoder's layers know their own initialisation; the default of transformers would replace it.
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
+        elif module is self and self.autoencoder is None:
+            init.zeros_(self.marker)
 
     @classmethod
     def from_autoencoder(
@@ -109,6 +116,16 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
             tokenizer = cls(config)
         tokenizer.autoencoder = autoencoder
         return tokenizer.train(autoencoder.training)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokenizer is."""
+        return next(chain(self.parameters(), self.buffers())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(chain(self.parameters(), self.buffers())).dtype
 
     @property
     def latent_channels(self) -> int:
