@@ -4,14 +4,15 @@
 import pathlib
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 
 class StrictLoadingMixin:
     """A `from_pretrained` that raises when a checkpoint does not hold exactly the model's tensors.
 
-    transformers only reports missing and unexpected tensors; a picture model with a random layer still makes pictures,
-    so here they are errors. Put before `PreTrainedModel` in the bases.
+    transformers only reports missing and unexpected tensors; a picture model with a random layer, or with one layer
+    less, still makes pictures, so here they are errors. Put before `PreTrainedModel` in the bases.
     """
 
     @classmethod
@@ -29,18 +30,23 @@ class StrictLoadingMixin:
             pretrained_model_name_or_path (`str`): a folder or a hub id.
             model_args (`Any`): passed on.
             output_loading_info (`bool`, *optional*, defaults to `False`): also return transformers' loading report.
-            ignore_mismatched_sizes (`bool`, *optional*, defaults to `False`): initialise tensors that are missing or of
-                another shape instead of raising (fine-tuning with another number of classes).
+            ignore_mismatched_sizes (`bool`, *optional*, defaults to `False`): initialise tensors that are missing or
+                of another shape, and leave out those that have no place, instead of raising (fine-tuning with another
+                number of classes).
             kwargs (`Any`): passed on (`dtype`, `device_map`, `subfolder`, `variant`, `revision`, ...).
 
         Returns:
             the model in eval mode, or the model and the report.
 
         Raises:
-            ValueError: if a weight file is truncated, or tensors are missing or of the wrong shape; names file and
-                tensors.
+            ValueError: if a weight file is truncated, or tensors are missing, of the wrong shape or left over, or the
+                configuration is wrong; names file and tensors.
+            OSError: if there is no configuration or no weight file.
         """
         folder = pathlib.Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        # Without this file transformers goes on with the defaults of the configuration.
+        if folder.is_dir() and "config" not in kwargs and not (folder / "config.json").exists():
+            raise OSError(f"{folder / 'config.json'} is missing.")
         try:
             model, report = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -51,10 +57,13 @@ class StrictLoadingMixin:
             )
         except SafetensorError as error:
             raise ValueError(f"{_broken_file(folder)} is truncated or not a safetensors file: {error}") from error
+        except (StrictDataclassError, ValueError) as error:
+            raise ValueError(f"{folder} can't be loaded as {cls.__name__}: {error}") from error
         problems = []
         if not ignore_mismatched_sizes:
             problems = [f"{name} is missing" for name in sorted(report["missing_keys"])]
             problems += [f"{key} is {tuple(a)}, not {tuple(b)}" for key, a, b in sorted(report["mismatched_keys"])]
+            problems += [f"{name} has no place" for name in sorted(report["unexpected_keys"])]
         if problems:
             shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
             raise ValueError(f"The weights in {folder} do not fit {cls.__name__} and its config.json: {shown}.")

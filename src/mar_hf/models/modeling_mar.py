@@ -189,6 +189,9 @@ class MARModel(MARPreTrainedModel):
         config ([`MARConfig`]): see there.
     """
 
+    # The backbone alone can be loaded from a checkpoint with a head.
+    _keys_to_ignore_on_load_unexpected = [r"^head\."]
+
     def __init__(self, config: MARConfig):
         super().__init__(config)
         width, decoder_width = config.hidden_size, config.decoder_hidden_size
