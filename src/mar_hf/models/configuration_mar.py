@@ -68,7 +68,7 @@ class MARConfig(PreTrainedConfig):
         head_batch_multiplier (`int`, *optional*, defaults to 4): draws of the head's noise per token in training.
 
     Raises:
-        ValueError: if sizes contradict each other or `head_type` is unknown.
+        ValueError: if a value is out of range, sizes contradict each other or `head_type` is unknown.
     """
 
     model_type = "mar_hf_mar"
@@ -106,10 +106,19 @@ class MARConfig(PreTrainedConfig):
             "token_dim",
             "num_classes",
             "num_class_tokens",
+            "hidden_size",
+            "num_encoder_layers",
+            "num_decoder_layers",
+            "num_attention_heads",
+            "decoder_hidden_size",
+            "decoder_num_attention_heads",
             "head_batch_multiplier",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
+        for name in ("attention_dropout", "hidden_dropout", "class_dropout_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` has to lie in [0, 1], got {getattr(self, name)}.")
         for width, heads in (
             ("hidden_size", "num_attention_heads"),
             ("decoder_hidden_size", "decoder_num_attention_heads"),
@@ -120,6 +129,8 @@ class MARConfig(PreTrainedConfig):
                 )
         if not 0 < self.mask_ratio_min <= 1:
             raise ValueError(f"`mask_ratio_min` has to lie in (0, 1], got {self.mask_ratio_min}.")
+        if not self.mask_ratio_std > 0:
+            raise ValueError(f"`mask_ratio_std` has to be above 0, got {self.mask_ratio_std}.")
         look_up(TOKEN_HEADS, self.head_type, "head_type")
         super().__post_init__(**kwargs)
 
