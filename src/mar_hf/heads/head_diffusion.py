@@ -123,8 +123,8 @@ class DiffusionHead(TokenHead):
             temperature (`float`, *optional*, defaults to 1.0): only [`TokenDDPMScheduler`] has others.
 
         Raises:
-            ValueError: if it does not predict epsilon, takes no generator, needs the variance in a layout of its own, or
-                can't apply the temperature.
+            ValueError: if it does not predict epsilon, takes no generator, has another kind of noise schedule, needs
+                the variance in a layout of its own, or can't apply the temperature.
         """
         if isinstance(scheduler, TokenDDPMScheduler):
             return
@@ -135,6 +135,9 @@ class DiffusionHead(TokenHead):
             )
         if "generator" not in inspect.signature(scheduler.step).parameters:
             raise ValueError(f"{name} does not fit the diffusion head: its `step` takes no `generator`.")
+        # `from_config` keeps our `prediction_type` even where a scheduler does not know it.
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(f"{name} does not fit the diffusion head: it has no `alphas_cumprod`.")
         if isinstance(scheduler, DDPMScheduler) and str(config.variance_type).startswith("learned"):
             raise ValueError(
                 f"{name} with `variance_type` {config.variance_type!r} does not fit tokens; keep TokenDDPMScheduler or "
@@ -171,7 +174,7 @@ class DiffusionHead(TokenHead):
             `torch.Tensor`: a float32 scalar.
 
         Raises:
-            ValueError: if the scheduler is another one or a shape does not fit.
+            ValueError: if the scheduler is another one, a shape does not fit or nothing is masked.
         """
         if not isinstance(scheduler, TokenDDPMScheduler):
             raise ValueError(f"Training needs a TokenDDPMScheduler, got {type(scheduler).__name__}.")
@@ -180,6 +183,8 @@ class DiffusionHead(TokenHead):
             if value is not None and value.shape != shape:
                 raise ValueError(f"`{name}` has to be of shape {shape}, got {tuple(value.shape)}.")
         chosen = mask.flatten().nonzero()[:, 0]
+        if not len(chosen):
+            raise ValueError("`mask` has to mask at least one token: the loss is the mean over masked ones.")
         # Row r of the repeated batch is row r modulo the batch.
         repeated = (chosen + mask.numel() * torch.arange(self.batch_multiplier, device=mask.device)[:, None]).flatten()
         condition = condition.flatten(0, 1)[chosen].repeat(self.batch_multiplier, 1)
@@ -230,14 +235,21 @@ class DiffusionHead(TokenHead):
             `torch.Tensor` of shape `(batch, num_tokens, token_dim)`: float32.
 
         Raises:
-            ValueError: if `guidance_scale` is not 1.0 without `negative_condition`, or the scheduler or the noise does
-                not fit.
+            ValueError: if `guidance_scale` is not 1.0 without `negative_condition`, or the scheduler, the negative
+                condition, the noise or the number of generators does not fit.
         """
         self.check_scheduler(scheduler, temperature)
         guided = guidance_scale != 1.0
         if guided and negative_condition is None:
             raise ValueError(f"`guidance_scale` {guidance_scale} needs `negative_condition`.")
+        if guided and negative_condition.shape != condition.shape:
+            raise ValueError(
+                f"`negative_condition` has to be of shape {tuple(condition.shape)} as `condition`, got "
+                f"{tuple(negative_condition.shape)}."
+            )
         batch, num_tokens, _ = condition.shape
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(f"`generator` has to hold one generator per image ({batch}), got {len(generator)}.")
         if noise is not None and (
             noise.ndim != 4
             or noise.shape[:2] != (batch, num_tokens)
