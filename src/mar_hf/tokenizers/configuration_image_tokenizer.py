@@ -25,7 +25,8 @@ class ImageTokenizerConfig(PreTrainedConfig):
             channels or per channel, so that they have about unit standard deviation.
 
     Raises:
-        ValueError: if `patch_size` is below 1, `normalizer` is unknown, or a per-channel list is of the wrong length.
+        ValueError: if `patch_size` is below 1, `normalizer` is unknown, `autoencoder` lacks its class or channels, a
+            scale is 0, or a per-channel list is of the wrong length.
     """
 
     model_type = "mar_hf_image_tokenizer"
@@ -46,6 +47,10 @@ class ImageTokenizerConfig(PreTrainedConfig):
             raise ValueError(f"`patch_size` has to be at least 1, got {self.patch_size}.")
         if self.normalizer not in NORMALIZERS:
             raise ValueError(f"`normalizer` has to be one of {NORMALIZERS}, got {self.normalizer!r}.")
+        if self.autoencoder is not None and not {"_class_name", "latent_channels"} <= self.autoencoder.keys():
+            raise ValueError(f"`autoencoder` has to hold `_class_name` and `latent_channels`, got {self.autoencoder}.")
+        if 0 in (self.scaling_factor if isinstance(self.scaling_factor, list) else [self.scaling_factor]):
+            raise ValueError(f"`scaling_factor` has to be different from 0, got {self.scaling_factor}.")
         for name in ("shift_factor", "scaling_factor"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != self.latent_channels:

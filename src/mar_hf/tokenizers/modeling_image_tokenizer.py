@@ -27,6 +27,11 @@ AUTOENCODERS = {
 }
 
 
+def _check_class(name: str | None) -> None:
+    if name not in AUTOENCODERS:
+        raise ValueError(f"`autoencoder` has to be one of {sorted(AUTOENCODERS)}, got {name!r}.")
+
+
 @dataclass
 class ImageTokenizerOutput(ModelOutput):
     """What [`ImageTokenizer.encode`] returns.
@@ -64,8 +69,7 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         self.autoencoder = None
         if config.autoencoder is not None:
             name = config.autoencoder.get("_class_name")
-            if name not in AUTOENCODERS:
-                raise ValueError(f"`autoencoder` has to be one of {sorted(AUTOENCODERS)}, got {name!r}.")
+            _check_class(name)
             self.autoencoder = AUTOENCODERS[name].from_config(config.autoencoder)
         else:
             # Pixels need no weights, but a checkpoint does, and so does whoever asks where the model is.
@@ -99,7 +103,11 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
 
         Returns:
             [`ImageTokenizer`]: in the autoencoder's dtype and training mode.
+
+        Raises:
+            ValueError: if the autoencoder is none of `AUTOENCODERS`.
         """
+        _check_class(type(autoencoder).__name__)
         settings = {"_class_name": type(autoencoder).__name__, **autoencoder.config}
         if scaling_factor is None:
             scaling_factor = settings.get("scaling_factor") or 1.0
@@ -240,8 +248,16 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(batch, height * width / patch_size**2, channels * patch_size**2)`: row by row,
             channel-major inside a token.
+
+        Raises:
+            ValueError: if the shape is not as described.
         """
         patch = self.config.patch_size
+        if latents.ndim != 4 or latents.shape[1] != self.latent_channels or any(n % patch for n in latents.shape[2:]):
+            raise ValueError(
+                f"`latents` has to be of shape (batch, {self.latent_channels}, height, width) with sides that are "
+                f"multiples of {patch}, got {tuple(latents.shape)}."
+            )
         batch, channels, height, width = latents.shape
         grid = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
         # (B, c, h, p, w, q) -> (B, h, w, c, p, q)
@@ -266,7 +282,7 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
             )
         batch, num_tokens, _ = tokens.shape
         rows = round(num_tokens**0.5) if grid_height is None else grid_height
-        if num_tokens % rows or (grid_height is None and rows * rows != num_tokens):
+        if rows < 1 or num_tokens % rows or (grid_height is None and rows * rows != num_tokens):
             raise ValueError(f"{num_tokens} tokens do not fill a grid of {rows} rows; give `grid_height`.")
         patch = self.config.patch_size
         grid = tokens.reshape(batch, rows, num_tokens // rows, self.latent_channels, patch, patch)
