@@ -376,7 +376,7 @@ class MARForImageGeneration(MARPreTrainedModel):
             mask = mask.to(tokens.device)
         output = self.model(tokens, mask, class_labels, num_masked, generator)
         if noise_scheduler is not None:
-            output.loss = self.head.loss(
+            loss = self.head.loss(
                 condition=output.condition,
                 target=tokens,
                 mask=mask,
@@ -385,4 +385,6 @@ class MARForImageGeneration(MARPreTrainedModel):
                 noise=noise,
                 generator=generator,
             )
+            # A new one, because a tuple has the order in which the fields were set.
+            output = BackboneOutput(loss=loss, **output)
         return output.to_tuple() if return_dict is False else output
