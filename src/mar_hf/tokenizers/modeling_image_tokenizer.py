@@ -72,8 +72,8 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
             _check_class(name)
             self.autoencoder = AUTOENCODERS[name].from_config(config.autoencoder)
         else:
-            # Pixels need no weights, but a checkpoint does, and so does whoever asks where the model is.
-            self.register_buffer("marker", torch.zeros(1))
+            # Pixels need no weights, but a checkpoint does, and so do hooks that ask the first one where the model is.
+            self.marker = nn.Parameter(torch.zeros(1), requires_grad=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
