@@ -59,12 +59,13 @@ class MARPipeline(DiffusionPipeline):
         vae ([`ImageTokenizer`]): tokens to pictures; the slot keeps diffusers' name.
         scheduler (`SchedulerMixin`): runs the head: [`TokenDDPMScheduler`], or a diffusers scheduler made with
             `X.from_config(pipe.scheduler.config)`.
-        id2label (`dict`, *optional*): names of the classes, by number; several names of one class are separated by ", ".
+        id2label (`dict`, *optional*): names of the classes, by number; several names of one class are separated by
+            ", ".
         generation_defaults (`dict`, *optional*): what `__call__` uses where an argument is None, saved with the
             pipeline; keys are those of `GENERATION_DEFAULTS`, which fill the gaps.
 
     Raises:
-        ValueError: if the tokenizer's tokens do not fit the transformer, or a default is unknown.
+        ValueError: if the tokenizer's tokens or the classes do not fit the transformer, or a default is unknown.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -87,8 +88,13 @@ class MARPipeline(DiffusionPipeline):
             look_up(GENERATION_DEFAULTS, name, "generation_defaults")
         if transformer is not None and vae is not None and transformer.config.token_dim != vae.token_dim:
             raise ValueError(
-                f"`vae` makes tokens of {vae.token_dim} numbers, but `transformer` takes {transformer.config.token_dim}."
+                f"`vae` makes tokens of {vae.token_dim} numbers, but `transformer` takes "
+                f"{transformer.config.token_dim}."
             )
+        if transformer is not None and id2label:
+            limit = transformer.config.num_classes
+            if beyond := sorted(number for number in id2label if not 0 <= number < limit):
+                raise ValueError(f"`id2label` has to number classes 0..{limit - 1} of `transformer`, got {beyond}.")
         self.image_processor = VaeImageProcessor(do_resize=False)
 
     @property
@@ -156,6 +162,8 @@ class MARPipeline(DiffusionPipeline):
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` has to be at least 1, got {num_images_per_prompt}.")
         labels = [None] if class_labels is None else self._label_numbers(class_labels)
+        if not labels:
+            raise ValueError("`class_labels` is empty; None means no class.")
         labels = [label for label in labels for _ in range(num_images_per_prompt)]
         steps = settings["num_inference_steps"]
         if not isinstance(steps, int) or not 1 <= steps <= config.num_tokens:
@@ -171,6 +179,9 @@ class MARPipeline(DiffusionPipeline):
         look_up(HEAD_STEP_SCHEDULES, settings["head_step_schedule"], "head_step_schedule")
         self._check_order(settings["generation_order"], len(labels))
         self.transformer.head.check_scheduler(self.scheduler, settings["temperature"])
+        sources = generator if isinstance(generator, list) else [generator]
+        if generator is not None and not all(isinstance(source, torch.Generator) for source in sources):
+            raise ValueError(f"`generator` has to be a torch.Generator or a list of them, got {generator!r}.")
         if isinstance(generator, list) and len(generator) != len(labels):
             raise ValueError(
                 f"`generator` has to hold one generator per picture ({len(labels)}), got {len(generator)}."
@@ -182,22 +193,18 @@ class MARPipeline(DiffusionPipeline):
             raise ValueError(f"`output_type` has to be pil, np, pt or latent, got {output_type!r}.")
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, got {sorted(unknown)}."
+                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, got "
+                f"{sorted(unknown)}."
             )
         return labels
 
     def _label_numbers(self, class_labels: Any) -> list[int]:
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.reshape(-1).tolist()
-        if isinstance(class_labels, (int, str)):
-            class_labels = [class_labels]
-        numbers = []
-        for label in class_labels:
-            # Labels batched as [[1], [1]], as diffusers' own tests write them, are flattened.
-            numbers += self._label_numbers(label) if isinstance(label, (list, tuple)) else [self._label_number(label)]
-        if not numbers:
-            raise ValueError("`class_labels` is empty; None means no class.")
-        return numbers
+        if hasattr(class_labels, "tolist"):  # tensors, and what numpy has
+            class_labels = class_labels.tolist()
+        if not isinstance(class_labels, (list, tuple, range)):
+            return [self._label_number(class_labels)]
+        # Labels batched as [[1], [1]], as diffusers' own tests write them, are flattened.
+        return [number for label in class_labels for number in self._label_numbers(label)]
 
     def _label_number(self, label: int | str) -> int:
         limit = self.transformer.config.num_classes
@@ -221,15 +228,19 @@ class MARPipeline(DiffusionPipeline):
                 f"`generation_order` has to be one of {sorted(GENERATION_ORDERS)} or a tensor of shape "
                 f"{(batch_size, num_tokens)}, got {shape!r}."
             )
-        if not torch.equal(order.cpu().long().sort(1).values, torch.arange(num_tokens).expand(batch_size, -1)):
-            raise ValueError(f"`generation_order` has to hold each position 0..{num_tokens - 1} once in every row.")
+        for number, row in enumerate(order.tolist()):
+            if sorted(row) != list(range(num_tokens)):
+                raise ValueError(
+                    f"`generation_order` has to hold each position 0..{num_tokens - 1} once in every row, but row "
+                    f"{number} does not."
+                )
 
     def prepare_randomness(
         self,
         batch_size: int,
         generation_order: str | torch.Tensor,
         num_diffusion_steps: int,
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: torch.Generator | list[torch.Generator],
         noise: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All randomness of a call: each picture draws its order, then its noise, from its own generator.
@@ -238,8 +249,8 @@ class MARPipeline(DiffusionPipeline):
             batch_size (`int`): pictures.
             generation_order (`str` or `torch.Tensor`): a name in `GENERATION_ORDERS`, or the orders themselves.
             num_diffusion_steps (`int`): most head steps in any autoregressive step.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one for all pictures, drawn from one
-                after the other, or one each; None means a new one from the system's entropy.
+            generator (`torch.Generator` or `list[torch.Generator]`): one for all pictures, which draw from it one
+                after the other, or one each.
             noise (`torch.Tensor`, *optional*): the noise itself.
 
         Returns:
@@ -247,9 +258,6 @@ class MARPipeline(DiffusionPipeline):
             `(batch_size, num_tokens, num_diffusion_steps + 1, token_dim)`, float32.
         """
         config = self.transformer.config
-        if generator is None:
-            generator = torch.Generator()
-            generator.seed()
         generators = generator if isinstance(generator, list) else [generator] * batch_size
         shape = (config.num_tokens, num_diffusion_steps + 1, config.token_dim)
         orders, noises = [], []
@@ -287,8 +295,8 @@ class MARPipeline(DiffusionPipeline):
         Where an argument says *optional*, None means the checkpoint's default.
 
         Args:
-            class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): classes by number or name; None generates
-                without a class.
+            class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): classes by number or name; None
+                generates without a class.
             num_inference_steps (`int`, *optional*): autoregressive steps, at most the number of tokens.
             guidance_scale (`float`, *optional*): classifier-free guidance; 1.0 means none.
             num_diffusion_steps (`int`, *optional*): steps of the token head's sampler.
@@ -300,15 +308,16 @@ class MARPipeline(DiffusionPipeline):
                 `GENERATION_ORDERS`, or the positions in the order in which they are generated.
             num_images_per_prompt (`int`, *optional*, defaults to 1): pictures for each label.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): the only source of randomness; a list
-                has one per picture, which then does not depend on the others.
-            noise (`torch.Tensor` of shape `(batch, num_tokens, num_diffusion_steps + 1, token_dim)`, *optional*): entry 0
-                starts the head for the token at that position, entry 1 + s is injected at its step s.
+                has one per picture, which then does not depend on the others. None means a new one from the system's
+                entropy.
+            noise (`torch.Tensor` of shape `(batch, num_tokens, num_diffusion_steps + 1, token_dim)`, *optional*):
+                entry 0 starts the head for the token at that position, entry 1 + s is injected at its step s.
             output_type (`str`, *optional*, defaults to `"pil"`): pil, np, pt (in [0, 1]) or latent (unit-scaled grid).
             return_dict (`bool`, *optional*, defaults to `True`): False gives a tuple.
             callback_on_step_end (`Callable`, *optional*): called after each autoregressive step with the pipeline, the
-                step, the number of tokens done and a dict; what it returns replaces the tensors.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`): what the dict holds:
-                `latents` (the grid so far, 0 where nothing is yet) and `mask`.
+                step, the number of tokens done and a dict; `latents` in the dict that it returns replace the picture.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`): what the dict
+                holds: `latents` (the grid so far, 0 where nothing is yet) and `mask`.
 
         Examples:
 
@@ -353,6 +362,10 @@ class MARPipeline(DiffusionPipeline):
         self._num_timesteps = steps
 
         # 3. Labels, orders and noise
+        if generator is None:
+            # Also for schedulers that draw noise of their own: they would turn to torch's global state.
+            generator = torch.Generator()
+            generator.seed()
         labels = torch.tensor(labels, device=device) if self._conditional else None
         orders, noise = self.prepare_randomness(
             batch_size, settings["generation_order"], settings["num_diffusion_steps"], generator, noise
@@ -397,8 +410,8 @@ class MARPipeline(DiffusionPipeline):
         largest = tokens.abs().max().item()
         if not largest <= EXPLODED:
             logger.warning(
-                f"The head's sampler ran away: tokens reach {largest:.3g} where about 4 is usual. If the model is young or "
-                "in half precision, give its scheduler `max_timestep=950`, or use more `num_diffusion_steps`."
+                f"The head's sampler ran away: tokens reach {largest:.3g} where about 4 is usual. If the model is "
+                "young or in half precision, give its scheduler `max_timestep=950`, or use more `num_diffusion_steps`."
             )
         latents = self.vae.unpatchify(tokens, config.grid_height)
         image = latents
@@ -441,7 +454,7 @@ class MARPipeline(DiffusionPipeline):
         token = kwargs.get("token")
         repo_id = create_repo(repo_id, private=kwargs.get("private"), token=token, exist_ok=True).repo_id
         if not file_exists(repo_id, "README.md", token=token):
-            names = self.config.id2label
-            names = None if names is None else [names[number] for number in sorted(names)]
+            names = self.config.id2label or {}
+            names = [names.get(number, "unnamed") for number in range(max(names, default=-1) + 1)]
             build_model_card(repo_id, class_names=names).push_to_hub(repo_id, token=token)
         return super().push_to_hub(repo_id, **kwargs)
