@@ -13,25 +13,27 @@ def load_image_dataset(path: str) -> Dataset:
     """The training split of a folder of pictures.
 
     Args:
-        path (`str`): a folder with one sub-folder a class (`imagefolder`, with or without a `train` level), a folder of
+        path (`str`): a folder with one sub-folder a class (`imagefolder`, with or without a `train` level), one of
             parquet files, or what `Dataset.save_to_disk` wrote.
 
     Returns:
         `Dataset`: with a column `image`, and `label` (a `ClassLabel`) where the data has classes.
 
     Raises:
-        ValueError: if the folder does not exist or holds no pictures.
+        ValueError: if the folder does not exist or holds no pictures to train on.
     """
     folder = pathlib.Path(path)
     if not folder.is_dir():
         raise ValueError(f"`train_data_dir` {path!r} is not a folder.")
-    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-        dataset = load_from_disk(path)
-        dataset = dataset["train"] if isinstance(dataset, DatasetDict) else dataset
-    elif parquet := sorted(map(str, folder.rglob("*.parquet"))):
-        dataset = load_dataset("parquet", data_files={"train": parquet}, split="train")
-    else:
-        dataset = load_dataset("imagefolder", data_dir=path, split="train")
+    try:
+        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+            dataset = load_from_disk(path)
+            dataset = dataset["train"] if isinstance(dataset, DatasetDict) else dataset
+        else:
+            kind = "parquet" if any(folder.rglob("*.parquet")) else "imagefolder"
+            dataset = load_dataset(kind, data_dir=path, split="train")
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise ValueError(f"`train_data_dir` {path!r} holds no pictures to train on: {error}") from error
     if "image" not in dataset.column_names or len(dataset) == 0:
         raise ValueError(f"`train_data_dir` {path!r} holds no column `image`, only {dataset.column_names}.")
     return dataset.cast_column("image", Image(mode=None))
@@ -50,6 +52,9 @@ def center_crop(picture: PILImage.Image, size: int) -> PILImage.Image:
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture)
+    if picture.mode.startswith("I;16"):
+        # Pillow would clip the upper 255/256 of 16 bits to white.
+        picture = picture.point(lambda value: value / 257).convert("L")
     picture = picture.convert("RGB")
     while min(picture.size) >= 2 * size:
         picture = picture.resize(tuple(side // 2 for side in picture.size), PILImage.Resampling.BOX)

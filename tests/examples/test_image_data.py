@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading pictures: every layout of a folder, every kind of picture, and what the training scripts make of them."""
+
+import importlib.util
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, DatasetDict
+from PIL import Image
+
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "image_data.py"
+SPEC = importlib.util.spec_from_file_location("image_data", SCRIPT)
+image_data = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(image_data)
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+# Class -> pictures, whose colour tells them apart after everything that happens to them.
+PICTURES = {
+    "clear": [Image.new("RGBA", (12, 12), (0, 0, 0, 0)), Image.new("LA", (20, 9), (0, 0))],
+    "grey": [Image.new("L", (9, 30), 128), Image.new("L", (8, 8), 128), Image.new("L", (33, 21), 128)],
+    "palette": [Image.new("P", (17, 11)), Image.new("P", (64, 48))],
+}
+for palette_picture in PICTURES["palette"]:
+    palette_picture.putpalette([*BLUE, *RED])
+MEANS = {"clear": (255, 255, 255), "grey": (128, 128, 128), "palette": BLUE}
+
+
+@pytest.fixture(autouse=True)
+def nothing_counts_our_use(monkeypatch):
+    # datasets reports every `load_dataset` to a server of its authors.
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+
+
+def write(folder, names=tuple(PICTURES)):
+    """Each class in a folder of its own."""
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for number, picture in enumerate(PICTURES[name]):
+            picture.save(folder / name / f"{number}.png")
+    return folder
+
+
+def as_flat_folder(folder):
+    write(folder)
+
+
+def as_folder_with_splits(folder):
+    write(folder / "train")
+    write(folder / "test", ["grey"])
+
+
+def as_parquet(folder):
+    dataset = image_data.load_image_dataset(str(write(folder / "source")))
+    folder = folder / "parquet"
+    folder.mkdir()
+    dataset.to_parquet(str(folder / "pictures.parquet"))
+    return folder
+
+
+def as_parquet_with_splits(folder):
+    dataset = image_data.load_image_dataset(str(write(folder / "source")))
+    folder = folder / "parquet"
+    (folder / "data").mkdir(parents=True)
+    dataset.select(range(3)).to_parquet(str(folder / "data" / "train-00000-of-00002.parquet"))
+    dataset.select(range(3, 7)).to_parquet(str(folder / "data" / "train-00001-of-00002.parquet"))
+    dataset.select([0]).to_parquet(str(folder / "data" / "test-00000-of-00001.parquet"))
+    return folder
+
+
+def as_saved_dataset(folder):
+    dataset = image_data.load_image_dataset(str(write(folder / "source")))
+    dataset.save_to_disk(str(folder / "saved"))
+    return folder / "saved"
+
+
+def as_saved_splits(folder):
+    dataset = image_data.load_image_dataset(str(write(folder / "source")))
+    DatasetDict(train=dataset, test=dataset.select([0])).save_to_disk(str(folder / "saved"))
+    return folder / "saved"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        as_flat_folder,
+        as_folder_with_splits,
+        as_parquet,
+        as_parquet_with_splits,
+        as_saved_dataset,
+        as_saved_splits,
+    ],
+)
+def test_every_layout_gives_the_same_pictures_and_labels(tmp_path, layout):
+    folder = layout(tmp_path) or tmp_path
+    dataset = image_data.load_image_dataset(str(folder))
+    assert isinstance(dataset.features["label"], ClassLabel)
+    assert dataset.features["label"].names == sorted(PICTURES)
+    rows = dataset.with_transform(image_data.ImageTransform(8))[:]
+    assert rows["label"] == [0, 0, 1, 1, 1, 2, 2]
+    for label, pixel_values in zip(rows["label"], rows["pixel_values"], strict=True):
+        assert pixel_values.shape == (3, 8, 8) and pixel_values.dtype == torch.float32
+        expected = torch.tensor(MEANS[sorted(PICTURES)[label]]) / 127.5 - 1
+        assert torch.allclose(pixel_values, expected[:, None, None].expand(3, 8, 8), atol=1e-6)
+
+
+def test_pictures_without_classes(tmp_path):
+    PICTURES["grey"][0].save(tmp_path / "0.png")
+    dataset = image_data.load_image_dataset(str(tmp_path))
+    assert dataset.column_names == ["image"]
+    assert dataset.with_transform(image_data.ImageTransform(8))[:]["label"] == [-1]
+
+
+def saved_without_images(folder):
+    dataset = image_data.load_image_dataset(str(write(folder / "source")))
+    dataset.remove_columns("image").save_to_disk(str(folder / "saved"))
+    return folder / "saved"
+
+
+def saved_without_train(folder):
+    dataset = image_data.load_image_dataset(str(write(folder / "source")))
+    DatasetDict(test=dataset).save_to_disk(str(folder / "saved"))
+    return folder / "saved"
+
+
+def text_only(folder):
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda folder: folder / "missing", "is not a folder"),
+        (lambda folder: folder, "holds no pictures to train on"),
+        (text_only, "holds no pictures to train on"),
+        (saved_without_train, "holds no pictures to train on: 'train'"),
+        (saved_without_images, r"holds no column `image`, only \['label'\]"),
+    ],
+)
+def test_folders_that_can_not_be_used(tmp_path, make, message):
+    folder = make(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        image_data.load_image_dataset(str(folder))
+    assert f"`train_data_dir` {str(folder)!r}" in str(error.value)
+
+
+def test_the_middle_is_cut_out():
+    picture = Image.new("RGB", (30, 10), RED)
+    picture.paste(GREEN, (10, 0, 20, 10))
+    picture.paste(BLUE, (20, 0, 30, 10))
+    for size in (5, 10, 20):
+        for turned in (picture, picture.transpose(Image.Transpose.ROTATE_90)):
+            cropped = np.asarray(image_data.center_crop(turned, size))
+            assert cropped.shape == (size, size, 3)
+            # Resizing blends the colours at the borders only.
+            assert (cropped[size // 4 : -(size // 4), size // 4 : -(size // 4)] == GREEN).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 300), (300, 5), (8, 8), (16, 17), (15, 15), (1000, 700)])
+def test_any_size_becomes_a_square(size):
+    assert image_data.center_crop(Image.new("RGB", size), 8).size == (8, 8)
+
+
+def palette_with_clear_colour():
+    picture = Image.new("P", (8, 8), 1)
+    picture.putpalette([*BLUE, *RED])
+    picture.info["transparency"] = 1
+    return picture
+
+
+@pytest.mark.parametrize(
+    "picture, colour",
+    [
+        (Image.new("RGBA", (8, 8), (255, 0, 0, 255)), RED),
+        (Image.new("RGBA", (8, 8), (255, 0, 0, 51)), (255, 204, 204)),
+        (palette_with_clear_colour(), (255, 255, 255)),
+        (Image.new("1", (8, 8), 1), (255, 255, 255)),
+        (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), RED),
+        (Image.fromarray(np.full((8, 8), 257 * 100, dtype=np.uint16)), (100, 100, 100)),
+    ],
+    ids=["opaque", "half clear", "clear palette entry", "two colours", "ink", "16 bits"],
+)
+def test_colours_survive_the_conversion(picture, colour):
+    cropped = np.asarray(image_data.center_crop(picture, 8))
+    assert np.abs(cropped.astype(int) - np.array(colour)).max() <= 1
+
+
+def test_black_is_minus_one_and_white_is_one():
+    rows = {"image": [Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), "white")], "label": [5, 3]}
+    out = image_data.ImageTransform(4)(rows)
+    assert [(p.min().item(), p.max().item()) for p in out["pixel_values"]] == [(-1, -1), (1, 1)]
+    assert out["label"] == [5, 3]
+
+
+def numbered_pictures(batch=64, size=6):
+    return torch.arange(batch * 3 * size * size, dtype=torch.float32).reshape(batch, 3, size, size)
+
+
+def test_without_settings_nothing_is_augmented():
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    pictures = numbered_pictures()
+    assert torch.equal(image_data.augment(pictures, generator), pictures)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_flips_mirror_about_half_of_the_pictures():
+    pictures = numbered_pictures()
+    flipped = image_data.augment(pictures, torch.Generator().manual_seed(0), flip=True)
+    mirrored = [torch.equal(after, before.flip(2)) for after, before in zip(flipped, pictures, strict=True)]
+    same = [torch.equal(after, before) for after, before in zip(flipped, pictures, strict=True)]
+    assert [a != b for a, b in zip(mirrored, same, strict=True)] == [True] * 64
+    assert 16 < sum(mirrored) < 48
+
+
+def test_shifts_stay_in_bounds_and_repeat_the_edge():
+    pictures, shift = numbered_pictures(), 2
+    moved = image_data.augment(pictures, torch.Generator().manual_seed(0), shift=shift)
+    assert moved.shape == pictures.shape
+    rows = torch.arange(6)
+    found = set()
+    for before, after in zip(pictures, moved, strict=True):
+        offsets = [
+            (y, x)
+            for y in range(-shift, shift + 1)
+            for x in range(-shift, shift + 1)
+            if torch.equal(after, before[:, (rows + y).clamp(0, 5)][:, :, (rows + x).clamp(0, 5)])
+        ]
+        assert len(offsets) == 1
+        found.add(offsets[0])
+    assert {y for y, _ in found} == {x for _, x in found} == {-2, -1, 0, 1, 2}
+
+
+def test_augmentation_depends_on_its_generator_only():
+    pictures = numbered_pictures()
+
+    def augmented(seed):
+        return image_data.augment(pictures, torch.Generator().manual_seed(seed), flip=True, shift=1)
+
+    first = augmented(0)
+    torch.manual_seed(1)
+    assert torch.equal(augmented(0), first)
+    assert not torch.equal(augmented(1), first)
