@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Original MAR checkpoints and LDM-format KL autoencoders to `mar_hf` folders, and back.
 
-A conversion uses every tensor exactly once, or it stops and names the ones that do not fit. The names are in
-`conversion_names`; here are the configurations and the files.
+A conversion uses every tensor exactly once, or it stops and names the ones that do not fit. Here are the files; the
+names of the tensors are in `conversion_names`, the configurations in `conversion_configs`.
 """
 
 import argparse
 import json
 import logging
-import math
 import os
 import pickle
 import re
@@ -16,21 +15,28 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .conversion_configs import (
+    ORIGINAL_SCALING_FACTOR,
+    fit_patch_size,
+    generation_defaults,
+    infer_kl_config,
+    infer_mar_config,
+    original_arguments,
+)
 from .conversion_names import (
     StateDict,
     convert_kl_state_dict,
     convert_mar_state_dict,
-    count_numbered,
     export_kl_state_dict,
     export_mar_state_dict,
-    find_tensor,
     listed,
 )
 from .models import MARConfig, MARForImageGeneration
@@ -53,177 +59,13 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-ORIGINAL_SCALING_FACTOR = 0.2325
+_Config = TypeVar("_Config", MARConfig, ImageTokenizerConfig)
+
 # What an exported pipeline consists of; the first is the file that the original code resumes from.
 MAR_FILE, KL_FILE, ARGUMENTS_FILE = "checkpoint-last.pth", "kl.ckpt", "original_args.json"
 
-# The original constructor's arguments and the fields of `MARConfig` that they set; two belong to its `head_config`.
-_ARGUMENTS = (
-    ("encoder_embed_dim", "hidden_size"),
-    ("encoder_depth", "num_encoder_layers"),
-    ("encoder_num_heads", "num_attention_heads"),
-    ("decoder_embed_dim", "decoder_hidden_size"),
-    ("decoder_depth", "num_decoder_layers"),
-    ("decoder_num_heads", "decoder_num_attention_heads"),
-    ("mlp_ratio", "mlp_ratio"),
-    ("class_num", "num_classes"),
-    ("buffer_size", "num_class_tokens"),
-    ("label_drop_prob", "class_dropout_prob"),
-    ("attn_dropout", "attention_dropout"),
-    ("proj_dropout", "hidden_dropout"),
-    ("mask_ratio_min", "mask_ratio_min"),
-    ("diffusion_batch_mul", "head_batch_multiplier"),
-)
-_HEAD_ARGUMENTS = (("diffloss_d", "num_layers"), ("diffloss_w", "hidden_size"))
-_OTHER_ARGUMENTS = (
-    "img_size",
-    "vae_stride",
-    "patch_size",
-    "vae_embed_dim",
-    "num_sampling_steps",
-    "grad_checkpointing",
-)
-
 _ENDINGS = (".safetensors", ".pth", ".ckpt")
 _MAR_MARK, _KL_MARK = "z_proj.weight", "encoder.conv_in.weight"  # which model a state dict belongs to
-
-_RELEASED_HEADS = {768: 12, 1024: 16, 1280: 16}  # width: attention heads
-_RELEASED_GUIDANCE = {768: 2.9, 1024: 3.0, 1280: 3.2}  # width: recommended guidance scale
-
-
-def _shape(state_dict: Mapping[str, torch.Tensor], name: str, ndim: int) -> torch.Size:
-    shape = find_tensor(state_dict, name).shape
-    if len(shape) != ndim:
-        raise ValueError(f"{name} has shape {tuple(shape)}, expected {ndim} dimensions")
-    return shape
-
-
-def infer_mar_config(
-    state_dict: Mapping[str, torch.Tensor], original_args: Mapping[str, Any] | None = None
-) -> MARConfig:
-    """The configuration of an original MAR checkpoint.
-
-    Args:
-        state_dict (`Mapping[str, torch.Tensor]`): the original's tensors; only their names and shapes are read.
-        original_args (`Mapping[str, Any]`, *optional*): arguments of the original constructor, for what the shapes
-            cannot tell: the number of heads (else known for the released widths 768, 1024, 1280), the dropout rates.
-
-    Returns:
-        [`MARConfig`].
-
-    Raises:
-        ValueError: if a tensor needed is missing, an argument is unknown or contradicts the tensors, or the number of
-            heads stays unknown.
-    """
-    args = dict(original_args or {})
-    known = [name for name, _ in (*_ARGUMENTS, *_HEAD_ARGUMENTS)] + list(_OTHER_ARGUMENTS)
-    if unknown := sorted(set(args) - set(known)):
-        raise ValueError(f"original arguments {unknown} are unknown, known are {sorted(known)}")
-
-    width, token_dim = _shape(state_dict, "z_proj.weight", 2)
-    num_tokens = _shape(state_dict, "diffusion_pos_embed_learned", 3)[1]
-    grid = math.isqrt(num_tokens)
-    if grid * grid != num_tokens:
-        raise ValueError(f"diffusion_pos_embed_learned has {num_tokens} positions, which is no square grid")
-    measured = {
-        "encoder_embed_dim": width,
-        "decoder_embed_dim": _shape(state_dict, "decoder_embed.weight", 2)[0],
-        "encoder_depth": count_numbered(state_dict, "encoder_blocks."),
-        "decoder_depth": count_numbered(state_dict, "decoder_blocks."),
-        "mlp_ratio": _shape(state_dict, "encoder_blocks.0.mlp.fc1.weight", 2)[0] / width,
-        "class_num": _shape(state_dict, "class_emb.weight", 2)[0],
-        "buffer_size": _shape(state_dict, "encoder_pos_embed_learned", 3)[1] - num_tokens,
-        "diffloss_d": count_numbered(state_dict, "diffloss.net.res_blocks."),
-        "diffloss_w": _shape(state_dict, "diffloss.net.input_proj.weight", 2)[0],
-    }
-    patch_size = args.get("patch_size", 1)
-    derived = dict(measured)
-    if "vae_embed_dim" in args:
-        derived["vae_embed_dim"] = token_dim / patch_size**2
-    if "img_size" in args:
-        derived["img_size"] = grid * patch_size * args.get("vae_stride", 16)
-    wrong = [
-        f"{name} is {args[name]}, the tensors say {value:g}"
-        for name, value in derived.items()
-        if args.get(name, value) != value
-    ]
-    if wrong:
-        raise ValueError(f"the original arguments contradict the checkpoint: {'; '.join(wrong)}")
-
-    given = {**args, **measured}
-    for side in ("encoder", "decoder"):
-        side_width = measured[f"{side}_embed_dim"]
-        if f"{side}_num_heads" not in args and side_width not in _RELEASED_HEADS:
-            raise ValueError(
-                f"the number of attention heads cannot be read off the tensors, and width {side_width} is none of the "
-                f"released {list(_RELEASED_HEADS)}: give `{side}_num_heads` in the original arguments (`config`, "
-                "--config ORIGINAL_ARGS.json)"
-            )
-        given.setdefault(f"{side}_num_heads", _RELEASED_HEADS.get(side_width))
-    return MARConfig(
-        grid_height=grid,
-        grid_width=grid,
-        token_dim=token_dim,
-        head_type="diffusion",
-        head_config={ours: given[name] for name, ours in _HEAD_ARGUMENTS},
-        **{ours: given[name] for name, ours in _ARGUMENTS if name in given},
-    )
-
-
-def infer_kl_config(
-    state_dict: Mapping[str, torch.Tensor], scaling_factor: float = ORIGINAL_SCALING_FACTOR
-) -> dict[str, Any]:
-    """The diffusers configuration of an LDM-format KL autoencoder.
-
-    Attention stands wherever the checkpoint has it: in the released one at the encoder's lowest resolution and in both
-    middle blocks. Group norms have 32 groups and epsilon 1e-6, strided convolutions pad right and bottom, as there.
-
-    Args:
-        state_dict (`Mapping[str, torch.Tensor]`): the LDM tensors; only their names and shapes are read.
-        scaling_factor (`float`, *optional*, defaults to 0.2325): stored with it; latents = scaling_factor * z.
-
-    Returns:
-        `dict[str, Any]` for `AutoencoderKL.from_config`, with its `_class_name`.
-
-    Raises:
-        ValueError: if a tensor that tells a size is missing.
-    """
-    levels = max(1, count_numbered(state_dict, "encoder.down."))
-    channels = [_shape(state_dict, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)]
-    down = [f"encoder.down.{i}.attn.0.q.weight" in state_dict for i in range(levels)]
-    up = [f"decoder.up.{i}.attn.0.q.weight" in state_dict for i in reversed(range(levels))]
-    return {
-        "_class_name": "AutoencoderKL",
-        "in_channels": _shape(state_dict, "encoder.conv_in.weight", 4)[1],
-        "out_channels": _shape(state_dict, "decoder.conv_out.weight", 4)[0],
-        "down_block_types": ["AttnDownEncoderBlock2D" if attention else "DownEncoderBlock2D" for attention in down],
-        "up_block_types": ["AttnUpDecoderBlock2D" if attention else "UpDecoderBlock2D" for attention in up],
-        "block_out_channels": channels,
-        "layers_per_block": count_numbered(state_dict, "encoder.down.0.block."),
-        "latent_channels": _shape(state_dict, "decoder.conv_in.weight", 4)[1],
-        "norm_num_groups": 32,
-        "act_fn": "silu",
-        "scaling_factor": scaling_factor,
-        "use_quant_conv": "quant_conv.weight" in state_dict,
-        "use_post_quant_conv": "post_quant_conv.weight" in state_dict,
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in state_dict,
-    }
-
-
-def _original_arguments(config: MARConfig, tokenizer: ImageTokenizerConfig) -> dict[str, Any]:
-    """The original constructor's arguments for a pipeline, as `infer_mar_config` reads them."""
-    args = {name: getattr(config, ours) for name, ours in _ARGUMENTS}
-    args["decoder_embed_dim"] = args["decoder_embed_dim"] or config.hidden_size
-    args["decoder_num_heads"] = args["decoder_num_heads"] or config.num_attention_heads
-    args |= {name: config.head_config[ours] for name, ours in _HEAD_ARGUMENTS}
-    stride = 2 ** (len(tokenizer.autoencoder["block_out_channels"]) - 1)
-    geometry = {
-        "img_size": config.grid_height * stride * tokenizer.patch_size,
-        "vae_stride": stride,
-        "patch_size": tokenizer.patch_size,
-        "vae_embed_dim": tokenizer.latent_channels,
-    }
-    return geometry | args
 
 
 @contextmanager
@@ -233,6 +75,26 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; a `ValueError` naming the file if it holds anything else."""
+    with _naming(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def read_config(folder: Path, config_class: type[_Config]) -> _Config:
+    """The configuration in a saved model's folder; a `ValueError` naming its file if it is wrong."""
+    path = folder / "config.json"
+    content = read_json(path)
+    with _naming(path):
+        try:
+            return config_class.from_dict(content)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -249,8 +111,8 @@ def _read(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds {found[1]}, and" if found else ""
-        raise ValueError(f"refused: {reason} only tensors and an argparse.Namespace may be in the pickle") from error
+        reason = f"it holds {found[1]}, and " if found else ""
+        raise ValueError(f"refused: {reason}only tensors and an argparse.Namespace may be in the pickle") from error
     except Exception as error:  # an unpickler fails on broken bytes in any way there is
         raise ValueError("truncated or no PyTorch checkpoint") from error
     if not isinstance(content, dict):
@@ -313,36 +175,7 @@ def _build_tokenizer(original: StateDict, patch_size: int, scaling_factor: float
 def _read_arguments(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
     if config is None or isinstance(config, Mapping):
         return dict(config or {})
-    with _naming(Path(config)):
-        args = json.loads(Path(config).read_text(encoding="utf-8"))
-        if not isinstance(args, dict):
-            raise ValueError(f"holds a {type(args).__name__}, expected a JSON object of the original's arguments")
-    return args
-
-
-def _fit_patch_size(config: MARConfig, kl_config: Mapping[str, Any], original_args: Mapping[str, Any]) -> int:
-    """The patch size that makes the transformer's tokens of the autoencoder's latents."""
-    channels, stride = kl_config["latent_channels"], 2 ** (len(kl_config["block_out_channels"]) - 1)
-    patch_size = math.isqrt(config.token_dim // channels)
-    if patch_size**2 * channels != config.token_dim:
-        raise ValueError(f"no square patch of its {channels} channels makes tokens of width {config.token_dim}")
-    actual = {"patch_size": patch_size, "vae_embed_dim": channels, "vae_stride": stride}
-    if wrong := [f"{k} is {original_args[k]}, not {v}" for k, v in actual.items() if original_args.get(k, v) != v]:
-        raise ValueError(f"the original arguments contradict the autoencoder: {'; '.join(wrong)}")
-    return patch_size
-
-
-def _generation_defaults(config: MARConfig, original_args: Mapping[str, Any]) -> dict[str, Any]:
-    head_steps = str(original_args.get("num_sampling_steps", 100))
-    if not head_steps.isdecimal():
-        raise ValueError(f"the original argument num_sampling_steps is {head_steps!r}, expected a number of steps")
-    return {
-        "num_inference_steps": min(64, config.num_tokens),
-        "num_diffusion_steps": int(head_steps),
-        "guidance_scale": _RELEASED_GUIDANCE.get(config.hidden_size, 3.0),
-        "guidance_schedule": "linear",
-        "temperature": 1.0,
-    }
+    return read_json(Path(config))
 
 
 def convert_checkpoint(
@@ -400,13 +233,13 @@ def convert_checkpoint(
         if vae is not None:
             with _naming(Path(vae)):
                 original = _read_state_dict(Path(vae), weights)
-                patch_size = _fit_patch_size(transformer.config, infer_kl_config(original), original_args)
+                patch_size = fit_patch_size(transformer.config, infer_kl_config(original), original_args)
                 tokenizer = _build_tokenizer(original, patch_size, scaling_factor)
             model = MARPipeline(
                 transformer=transformer,
                 vae=tokenizer,
                 scheduler=TokenDDPMScheduler(max_timestep=999),
-                generation_defaults=_generation_defaults(transformer.config, original_args),
+                generation_defaults=generation_defaults(transformer.config, original_args),
             )
         model.save_pretrained(folder)
     return dst
@@ -416,8 +249,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a saved model, in one piece or in shards; none if it holds no weights."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     return [path for path in [folder / "model.safetensors"] if path.exists()]
 
 
@@ -434,7 +266,7 @@ def _load_component(folder: Path, config: MARConfig | ImageTokenizerConfig, mode
 
 
 def _export_transformer(folder: Path) -> tuple[StateDict, MARConfig]:
-    config = MARConfig.from_pretrained(folder)
+    config = read_config(folder, MARConfig)
     with _naming(folder):
         if config.head_type != "diffusion" or config.grid_height != config.grid_width:
             raise ValueError(
@@ -445,7 +277,7 @@ def _export_transformer(folder: Path) -> tuple[StateDict, MARConfig]:
 
 
 def _export_tokenizer(folder: Path) -> tuple[StateDict, ImageTokenizerConfig]:
-    config = ImageTokenizerConfig.from_pretrained(folder)
+    config = read_config(folder, ImageTokenizerConfig)
     with _naming(folder):
         name = (config.autoencoder or {}).get("_class_name")
         if name != "AutoencoderKL" or config.normalizer != "affine" or config.shift_factor != 0:
@@ -480,7 +312,7 @@ def _model_type(folder: Path) -> str:
     known = [MARConfig.model_type, ImageTokenizerConfig.model_type]
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder}: neither model_index.json nor config.json, no folder that can be exported")
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    model_type = read_json(folder / "config.json").get("model_type")
     if model_type not in known:
         raise ValueError(f"{folder}: model_type is {model_type!r}, those that can be exported are {known}")
     return model_type
@@ -517,7 +349,7 @@ def export_checkpoint(src: str | Path, dst: str | Path) -> Path:
             kl, tokenizer = _export_tokenizer(src / "vae")
             _write(folder / MAR_FILE, transformer, ("model", "model_ema"))
             _write(folder / KL_FILE, kl, ("model",))
-            args = json.dumps(_original_arguments(config, tokenizer), indent=2)
+            args = json.dumps(original_arguments(config, tokenizer), indent=2)
             (folder / ARGUMENTS_FILE).write_text(args + "\n", encoding="utf-8")
         return dst
     model_type = _model_type(src)
