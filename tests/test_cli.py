@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `mar-hf` command, run in this process on a small converted checkpoint."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mar_hf import MARPipeline
+from mar_hf import ImageTokenizerConfig, MARPipeline
 from mar_hf.cli import CELL, choose_classes, draw_grid, image_generator, main
 from mar_hf.conversion import convert_checkpoint
 
@@ -196,6 +197,7 @@ def test_info_by_hub_id(model, hub, capsys):
         ("expected a file ending in .png", ["--output", "grid.jpg"]),
         ("num_inference_steps", ["--num-inference-steps", "17"]),
         ("temperature", ["--temperature", "-1"]),
+        ("`--device` is 'abacus', which cannot be used here", ["--device", "abacus"]),
     ],
 )
 def test_generate_refuses(message, options, named, failing, tmp_path, monkeypatch):
@@ -215,7 +217,7 @@ def test_files_that_are_not_there(failing, tmp_path, hub):
     failing("", "info", "org/none")
     failing("neither model_index.json nor config.json", "info", str(tmp_path))
     (tmp_path / "model_index.json").write_text("{")
-    failing("model_index.json: no JSON", "info", str(tmp_path))
+    failing("model_index.json: Expecting", "info", str(tmp_path))
 
 
 def test_broken_weights_are_named(failing, tmp_path):
@@ -223,6 +225,27 @@ def test_broken_weights_are_named(failing, tmp_path):
     weights = tmp_path / "vae" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     failing("model.safetensors: truncated", "info", str(tmp_path / "vae"))
+
+
+def test_wrong_configurations_are_named(model, failing, tmp_path):
+    config = Path(shutil.copytree(model, tmp_path / "model"), "transformer", "config.json")
+    config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": "wide"'))
+    for argv in (["info", str(tmp_path / "model")], ["export", str(tmp_path / "model"), str(tmp_path / "out")]):
+        failing("transformer/config.json: Validation error for field 'hidden_size'", *argv)
+    failing("hidden_size", "generate", str(tmp_path / "model"))
+    config.write_text("[]")
+    failing("transformer/config.json: holds a list, expected a JSON object", "info", str(tmp_path / "model"))
+    config.unlink()
+    failing("transformer/config.json", "export", str(tmp_path / "model"), str(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_info_of_pixels_as_tokens_and_of_absent_weights(tmp_path, capsys):
+    ImageTokenizerConfig(patch_size=4).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "pixels, no autoencoder; stride 4, patch 4, token width 48" in out
+    assert "no weights in its folder" in out
 
 
 def test_arguments_are_checked(capsys):

@@ -3,7 +3,6 @@
 
 import argparse
 import hashlib
-import json
 import re
 import sys
 import textwrap
@@ -15,11 +14,19 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 
 from . import demo_checkpoint
-from .conversion import ORIGINAL_SCALING_FACTOR, convert_checkpoint, export_checkpoint, weight_files
+from .conversion import (
+    ORIGINAL_SCALING_FACTOR,
+    convert_checkpoint,
+    export_checkpoint,
+    read_config,
+    read_json,
+    weight_files,
+)
 from .models import MARConfig
 from .pipelines import MARPipeline
 from .tokenizers import ImageTokenizer, ImageTokenizerConfig
@@ -110,6 +117,10 @@ def generate(args: argparse.Namespace) -> None:
     for name in ("num_images_per_class", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"`--{name.replace('_', '-')}` is {getattr(args, name)}, it has to be at least 1")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # torch says it with either
+        raise ValueError(f"`--device` is {args.device!r}, which cannot be used here: {error}") from error
     pipeline = MARPipeline.from_pretrained(_model(args)).to(args.device)
     pipeline.set_progress_bar_config(disable=None)  # shown on a terminal only
 
@@ -237,7 +248,7 @@ def describe(folder: Path) -> list[tuple[str, str]]:
     for key, part in parts.items():
         config = configs[key] or _json(part / "scheduler_config.json")
         name = config.get("_class_name") or " ".join(config.get("architectures") or ["?"])
-        rows.append((key or "component", f"{name:<24}{_size(part)}"))
+        rows.append((key or "component", f"{name:<24}{_size(part) if configs[key] else ''}"))
     by_type = {config.get("model_type"): parts[key] for key, config in configs.items()}
     rows += _geometry(by_type.get(MARConfig.model_type), by_type.get(ImageTokenizerConfig.model_type))
     if scheduler := _json(folder / "scheduler" / "scheduler_config.json"):
@@ -254,14 +265,14 @@ def _geometry(transformer: Path | None, tokenizer: Path | None) -> list[tuple[st
     rows = []
     stride = None
     if tokenizer:
-        config = ImageTokenizerConfig.from_pretrained(tokenizer)
+        config = read_config(tokenizer, ImageTokenizerConfig)
         with torch.device("meta"):
             stride = ImageTokenizer(config).stride
         kind = config.autoencoder["_class_name"] if config.autoencoder else "pixels, no autoencoder"
         width = config.latent_channels * config.patch_size**2
         rows.append(("tokens", f"{kind}; stride {stride}, patch {config.patch_size}, token width {width}"))
     if transformer:
-        config = MARConfig.from_pretrained(transformer)
+        config = read_config(transformer, MARConfig)
         grid = f"{config.grid_height} x {config.grid_width} tokens of width {config.token_dim}"
         pixels = f"{config.grid_width * stride} x {config.grid_height * stride} pixels = " if stride else ""
         rows.append(("picture", pixels + grid))
@@ -287,14 +298,11 @@ def _size(folder: Path) -> str:
             raise ValueError(f"{file}: truncated or no safetensors file ({error})") from error
         parameters += sum(torch.Size(shape).numel() for shape in shapes)
         size += file.stat().st_size
-    return f"{parameters:>13,} parameters {size / 1e6:>10.1f} MB" if size else ""
+    return f"{parameters:>13,} parameters {size / 1e6:>10.1f} MB" if size else "no weights in its folder"
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error})") from error
+    return read_json(path) if path.exists() else {}
 
 
 def _settings(values: dict[str, Any]) -> str:
@@ -315,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     diffusers.utils.logging.disable_progress_bar()
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         print("mar-hf:", *str(error).split(), file=sys.stderr)
         return 2
     return 0
