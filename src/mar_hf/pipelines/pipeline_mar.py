@@ -108,8 +108,9 @@ class MARPipeline(DiffusionPipeline):
 
     @property
     def generation_defaults(self) -> dict[str, Any]:
-        """What `__call__` uses where an argument is None."""
-        return {**GENERATION_DEFAULTS, **(self.config.generation_defaults or {})}
+        """What `__call__` uses where an argument is None; without saved ones, at most one step per token."""
+        steps = min(GENERATION_DEFAULTS["num_inference_steps"], self.transformer.config.num_tokens)
+        return {**GENERATION_DEFAULTS, "num_inference_steps": steps, **(self.config.generation_defaults or {})}
 
     @property
     def guidance_scale(self) -> float:
