@@ -330,6 +330,8 @@ class MARForImageGeneration(MARPreTrainedModel):
                 f"`head_config` {config.head_config} does not fit {config.head_type!r}: {error}"
             ) from error
         self.post_init()
+        # What the backbone alone may leave in the file is needed here.
+        self._keys_to_ignore_on_load_unexpected = set()
 
     def forward(
         self,
