@@ -1,0 +1,598 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call of the pipeline does: randomness as a contract, arguments, callbacks, samplers, dtypes."""
+
+import inspect
+import logging
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+)
+
+from mar_hf import MARPipeline, TokenDDPMScheduler
+from mar_hf.conversion import convert_checkpoint
+from tiny_pipelines import FEW_STEPS, seeds, tiny_kl, tiny_pipeline, tiny_transformer
+
+
+DATA = Path(__file__).parents[1] / "parity" / "data" / "mar-tiny"
+TOKENS, TOKEN_DIM, HEAD_STEPS = 16, 12, FEW_STEPS["num_diffusion_steps"]
+# 16 tokens in 3 steps: floor(16 cos(pi/6)) = 13 are left after the first, floor(16 cos(pi/3)) = 8 after the second.
+COSINE = [3, 5, 8]
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline()
+
+
+@pytest.fixture(params=["pixels", "kl"])
+def either(request):
+    """A pipeline on pixels, and one with an autoencoder."""
+    return tiny_pipeline(tiny_kl() if request.param == "kl" else None)
+
+
+def latents(pipe, class_labels=1, **kwargs):
+    return pipe(class_labels, output_type="latent", **kwargs).images
+
+
+def rows_of_forwards(pipe):
+    """A list that will hold the batch size of every forward of the transformer."""
+    rows = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    return rows
+
+
+def draw(generator, batch=1, steps=HEAD_STEPS, order=True):
+    """Orders and noise as the contract has it: picture after picture, its order, then its noise."""
+    orders, noise = [], []
+    for _ in range(batch):
+        orders.append(torch.randperm(TOKENS, generator=generator) if order else torch.arange(TOKENS))
+        noise.append(torch.randn(TOKENS, steps + 1, TOKEN_DIM, generator=generator))
+    return torch.stack(orders), torch.stack(noise)
+
+
+@torch.no_grad()
+def by_hand(pipe, labels, orders, noise, counts, scales=None):
+    """The generation loop once more, conditional and unconditional passes apart; guided where there are scales."""
+    tokens, mask = torch.zeros(len(orders), TOKENS, TOKEN_DIM), torch.ones(len(orders), TOKENS, dtype=torch.bool)
+    rows, first = torch.arange(len(orders))[:, None], 0
+    for step, count in enumerate(counts):
+        positions = orders[:, first : first + count]
+        condition = pipe.transformer(tokens, mask, labels).condition[rows, positions]
+        guided = {}
+        if scales is not None:
+            negative = pipe.transformer(tokens, mask, None).condition[rows, positions]
+            guided = {"negative_condition": negative, "guidance_scale": scales[step]}
+        tokens[rows, positions] = pipe.transformer.head.sample(
+            condition=condition,
+            scheduler=pipe.scheduler,
+            num_steps=noise.shape[2] - 1,
+            noise=noise[rows, positions],
+            **guided,
+        )
+        mask[rows, positions] = False
+        first += count
+    return pipe.vae.unpatchify(tokens)
+
+
+# Randomness
+
+
+def test_the_same_seed_gives_the_same_bytes(either):
+    first, again, other = (either([0, 1], generator=torch.Generator().manual_seed(seed)).images for seed in (5, 5, 6))
+    assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
+    assert all(a.tobytes() != b.tobytes() for a, b in zip(first, other))
+
+
+def test_a_picture_alone_is_the_picture_in_a_batch(either):
+    together = latents(either, [0, 1, 2, 1], generator=seeds(0, 1, 2, 3))
+    for place, label in enumerate([0, 1, 2, 1]):
+        alone = latents(either, label, generator=seeds(place))
+        torch.testing.assert_close(alone[0], together[place], rtol=1e-4, atol=1e-4)
+    assert (together[1] - together[3]).abs().max() > 0.1
+
+
+def test_a_batch_cut_in_two_gives_the_same_pictures(pipe):
+    whole = latents(pipe, [2, 0, 1], generator=seeds(0, 1, 2), guidance_scale=1.0)
+    parts = [latents(pipe, [2], generator=seeds(0), guidance_scale=1.0)]
+    parts.append(latents(pipe, [0, 1], generator=seeds(1, 2), guidance_scale=1.0))
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_one_generator_serves_picture_after_picture(pipe):
+    first, second = latents(pipe, [1, 1], generator=torch.Generator().manual_seed(4))
+    alone = latents(pipe, 1, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(alone[0], first, rtol=1e-4, atol=1e-4)
+    assert (first - second).abs().max() > 0.1
+
+
+def test_order_and_noise_are_those_drawn_from_the_generator(pipe):
+    orders, noise = draw(torch.Generator().manual_seed(3), batch=2)
+    drawn = latents(pipe, [0, 1], generator=torch.Generator().manual_seed(3))
+    given = latents(pipe, [0, 1], generation_order=orders, noise=noise)
+    assert torch.equal(drawn, given)
+    assert torch.equal(given, latents(pipe, [0, 1], generation_order=orders, noise=noise, generator=seeds(8, 9)))
+
+
+def test_a_named_order_draws_nothing(pipe):
+    orders, noise = draw(torch.Generator().manual_seed(3), order=False)
+    drawn = latents(pipe, generation_order="raster", generator=torch.Generator().manual_seed(3))
+    assert torch.equal(drawn, latents(pipe, generation_order=orders, noise=noise))
+
+
+def test_a_given_order_leaves_the_noise_to_the_generator(pipe):
+    orders, noise = draw(torch.Generator().manual_seed(3), order=False)
+    drawn = latents(pipe, generation_order=orders, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(drawn, latents(pipe, generation_order=orders, noise=noise))
+
+
+def test_without_guidance_it_is_the_loop_by_hand(pipe):
+    orders, noise = draw(torch.Generator().manual_seed(0), batch=2)
+    expected = by_hand(pipe, torch.tensor([2, 0]), orders, noise, COSINE)
+    rows = rows_of_forwards(pipe)
+    found = latents(pipe, [2, 0], generation_order=orders, noise=noise, guidance_scale=1.0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert rows == [2, 2, 2]  # one forward a step, without the unconditional half
+
+
+def test_with_guidance_it_is_the_loop_by_hand(pipe):
+    orders, noise = draw(torch.Generator().manual_seed(0), batch=2)
+    scales = [1 + 2 * 3 / 16, 1 + 2 * 8 / 16, 1 + 2 * 15 / 16]
+    for schedule, expected_scales in (("linear", scales), ("constant", [3.0] * 3)):
+        expected = by_hand(pipe, torch.tensor([2, 0]), orders, noise, COSINE, expected_scales)
+        settings = {"generation_order": orders, "noise": noise, "guidance_scale": 3.0, "guidance_schedule": schedule}
+        torch.testing.assert_close(latents(pipe, [2, 0], **settings), expected, rtol=1e-4, atol=1e-4)
+    rows = rows_of_forwards(pipe)
+    latents(pipe, [2, 0], **settings)
+    assert rows == [4, 4, 4]
+
+
+def test_without_a_class_it_is_the_loop_by_hand_with_the_null_class(pipe):
+    orders, noise = draw(torch.Generator().manual_seed(0))
+    expected = by_hand(pipe, None, orders, noise, COSINE)
+    rows = rows_of_forwards(pipe)
+    found = latents(pipe, None, generation_order=orders, noise=noise, guidance_scale=3.0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert rows == [1, 1, 1]
+    assert (found - latents(pipe, 0, generation_order=orders, noise=noise)).abs().max() > 0.1
+
+
+def test_noise_belongs_to_positions_and_steps(pipe):
+    pipe.scheduler = TokenDDPMScheduler()  # a `max_timestep` would merge some of so few head steps
+    orders, noise = draw(torch.Generator().manual_seed(0))
+    last = orders[0, -1].item()
+    found = pipe.vae.patchify(latents(pipe, generation_order=orders, noise=noise))
+    for entry in range(HEAD_STEPS + 1):
+        changed = noise.clone()
+        changed[0, last, entry] += 1
+        other = pipe.vae.patchify(latents(pipe, generation_order=orders, noise=changed))
+        differs = [position for position in range(TOKENS) if not torch.equal(found[0, position], other[0, position])]
+        # The last head step, at t = 0, injects nothing.
+        assert differs == ([] if entry == HEAD_STEPS else [last])
+
+
+def test_temperature_zero_injects_no_noise(pipe):
+    orders, noise = draw(torch.Generator().manual_seed(0))
+    changed = torch.cat([noise[:, :, :1], noise[:, :, 1:] + 1], dim=2)
+    cold, hot = (
+        [latents(pipe, generation_order=orders, noise=n, temperature=t) for n in (noise, changed)] for t in (0.0, 1.0)
+    )
+    assert torch.equal(*cold)
+    assert not torch.allclose(*hot, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        TokenDDPMScheduler,
+        DDIMScheduler,
+        EulerAncestralDiscreteScheduler,
+        lambda config: DDPMScheduler.from_config(config, variance_type="fixed_small"),
+        lambda config: DPMSolverMultistepScheduler.from_config(config, algorithm_type="sde-dpmsolver++"),
+    ],
+    ids=["token_ddpm", "ddim", "euler_ancestral", "ddpm", "sde_dpm"],
+)
+def test_global_random_states_stay_as_they_are(pipe, scheduler):
+    make = getattr(scheduler, "from_config", scheduler)
+    pipe.scheduler = make(pipe.scheduler.config)
+
+    def states():
+        numpy_state = np.random.get_state()  # noqa: NPY002 (the global state is what must not change)
+        return torch.get_rng_state().tolist(), repr(numpy_state), repr(random.getstate())
+
+    before = states()
+    first, second = latents(pipe), latents(pipe)
+    latents(pipe, generator=torch.Generator().manual_seed(0))
+    latents(pipe, [0, 1], generator=seeds(0, 1))
+    assert states() == before
+    assert not torch.allclose(first, second, atol=0.1)  # no generator: other pictures every time
+
+
+def test_schedulers_with_noise_of_their_own_keep_pictures_apart(pipe):
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    together = latents(pipe, [0, 1], generator=seeds(0, 1))
+    torch.testing.assert_close(latents(pipe, 1, generator=seeds(1))[0], together[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", ["random", "raster", "tensor"])
+def test_tokens_appear_in_the_order(pipe, order):
+    drawn, _ = draw(torch.Generator().manual_seed(7), batch=2)
+    expected = torch.arange(TOKENS).expand(2, -1) if order == "raster" else drawn
+    missing = []
+
+    def callback(pipe, step, done, tensors):
+        missing.append(tensors["mask"].clone())
+
+    latents(
+        pipe,
+        [0, 1],
+        generation_order=drawn if order == "tensor" else order,
+        generator=torch.Generator().manual_seed(7),
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["mask"],
+    )
+    for step, mask in enumerate(missing):
+        for row, positions in zip(mask, expected):
+            assert set(row.nonzero()[:, 0].tolist()) == set(positions[sum(COSINE[: step + 1]) :].tolist())
+
+
+# Arguments
+
+
+def test_the_signature_is_the_documented_one():
+    parameters = inspect.signature(MARPipeline.__call__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
+    assert defaults == {
+        "class_labels": None,
+        "num_inference_steps": None,
+        "guidance_scale": None,
+        "num_diffusion_steps": None,
+        "guidance_schedule": None,
+        "token_schedule": None,
+        "head_step_schedule": None,
+        "temperature": None,
+        "generation_order": None,
+        "num_images_per_prompt": 1,
+        "generator": None,
+        "noise": None,
+        "output_type": "pil",
+        "return_dict": True,
+        "callback_on_step_end": None,
+        "callback_on_step_end_tensor_inputs": ["latents"],
+    }
+    assert list(defaults)[:2] == ["class_labels", "num_inference_steps"]  # positional use
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        [1],
+        (1,),
+        range(1, 2),
+        "cat",
+        "kitten",
+        "cat, kitten",
+        ["kitten"],
+        torch.tensor(1),
+        torch.tensor([[1]], dtype=torch.int32),
+        [[1]],
+        [torch.tensor(1)],
+        np.int64(1),
+        np.array([1]),
+    ],
+    ids=repr,
+)
+def test_ways_to_name_a_class(pipe, label):
+    expected = latents(pipe, 1, generator=seeds(0))
+    assert torch.equal(latents(pipe, label, generator=seeds(0)), expected)
+    assert (latents(pipe, 0, generator=seeds(0)) - expected).abs().max() > 0.1
+
+
+def test_several_classes_at_once(pipe):
+    expected = latents(pipe, [0, 1, 2], generator=seeds(0, 1, 2))
+    for labels in (["heart", "kitten", "clock"], [0, "cat", [2]], [[0], [1], [2]], torch.arange(3), np.arange(3)):
+        assert torch.equal(latents(pipe, labels, generator=seeds(0, 1, 2)), expected)
+
+
+def test_labels_are_numbers_by_name(pipe):
+    assert pipe.labels == {"heart": 0, "cat, kitten": 1, "cat": 1, "kitten": 1, "clock": 2}
+    assert tiny_pipeline(id2label=None).labels == {}
+
+
+def test_no_class_gives_one_picture_and_is_a_class_of_its_own(pipe):
+    found = latents(pipe, None, generator=seeds(0))
+    assert found.shape == (1, 3, 8, 8)
+    for label in range(3):
+        assert (found - latents(pipe, label, generator=seeds(0))).abs().max() > 0.1
+
+
+def test_num_images_per_prompt_repeats_each_label(pipe):
+    found = latents(pipe, [0, 2], num_images_per_prompt=2, generator=seeds(0, 1, 2, 3))
+    assert torch.equal(found, latents(pipe, [0, 0, 2, 2], generator=seeds(0, 1, 2, 3)))
+    assert latents(pipe, None, num_images_per_prompt=3).shape[0] == 3
+
+
+def test_output_types_agree(either):
+    found = {
+        kind: either([0, 1], generator=seeds(0, 1), output_type=kind).images for kind in ("pil", "np", "pt", "latent")
+    }
+    with torch.no_grad():
+        expected = (either.vae.decode(found["latent"]) / 2 + 0.5).clamp(0, 1)
+    assert found["pt"].dtype == torch.float32 and found["pt"].shape == (2, 3, 8, 8)
+    torch.testing.assert_close(found["pt"], expected)
+    np.testing.assert_array_equal(found["np"], found["pt"].permute(0, 2, 3, 1).numpy())
+    for image, array in zip(found["pil"], found["np"]):
+        assert image.size == (8, 8) and image.mode == "RGB"
+        np.testing.assert_allclose(np.asarray(image) / 255, array, atol=0.502 / 255)
+    assert found["np"].std() > 0.05
+
+
+def test_return_dict(pipe):
+    output = pipe(1, generator=seeds(0), output_type="np")
+    as_tuple = pipe(1, generator=seeds(0), output_type="np", return_dict=False)
+    assert isinstance(as_tuple, tuple) and len(as_tuple) == 1
+    np.testing.assert_array_equal(as_tuple[0], output.images)
+
+
+def test_the_progress_bar_counts_steps(pipe, capsys):
+    pipe.set_progress_bar_config(disable=False)
+    pipe(1, num_inference_steps=5)
+    assert "5/5" in capsys.readouterr().err
+
+
+OTHER_SETTINGS = {
+    "num_inference_steps": 5,
+    "guidance_scale": 1.5,
+    "num_diffusion_steps": 6,
+    "guidance_schedule": "constant",
+    "token_schedule": "constant",
+    "head_step_schedule": "linear",
+    "temperature": 0.5,
+    "generation_order": "raster",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SETTINGS)
+def test_an_argument_that_is_none_takes_the_checkpoints_default(name):
+    value, defaults = OTHER_SETTINGS[name], {"num_inference_steps": 3, "num_diffusion_steps": 8}
+    plain = tiny_pipeline(generation_defaults=defaults)
+    given = latents(plain, generator=seeds(0), **{name: value})
+    assert not torch.allclose(given, latents(plain, generator=seeds(0)), atol=1e-3)
+    saved = tiny_pipeline(generation_defaults={**defaults, name: value})
+    assert torch.equal(given, latents(saved, generator=seeds(0)))
+    assert torch.equal(given, latents(saved, generator=seeds(0), **{name: None}))
+    assert saved.generation_defaults[name] == value
+
+
+def test_a_given_argument_goes_before_the_checkpoints_default():
+    plain, saved = tiny_pipeline(), tiny_pipeline(generation_defaults=OTHER_SETTINGS)
+    settings = {**plain.generation_defaults, "generator": seeds(0)}
+    assert torch.equal(latents(saved, **settings), latents(plain, generator=seeds(0)))
+
+
+def test_without_defaults_of_its_own_a_pipeline_has_the_papers():
+    large = tiny_transformer(grid_height=9, grid_width=9)
+    assert tiny_pipeline(transformer=large, generation_defaults=None).generation_defaults == {
+        "num_inference_steps": 64,
+        "guidance_scale": 3.0,
+        "num_diffusion_steps": 100,
+        "guidance_schedule": "linear",
+        "token_schedule": "cosine",
+        "head_step_schedule": "constant",
+        "temperature": 1.0,
+        "generation_order": "random",
+    }
+    assert tiny_pipeline(generation_defaults=None).generation_defaults["num_inference_steps"] == TOKENS
+
+
+# Callbacks
+
+
+def test_the_callback_is_called_after_every_step(pipe):
+    seen = []
+
+    def callback(pipe, step, done, tensors):
+        seen.append((step, done, sorted(tensors)))
+        filled = pipe.vae.patchify(tensors["latents"]).abs().sum(-1) > 0
+        assert torch.equal(filled, ~tensors["mask"])
+        return tensors
+
+    names = ["latents", "mask"]
+    found = latents(pipe, generator=seeds(0), callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names)
+    assert seen == [(0, 3, names), (1, 8, names), (2, 16, names)]
+    assert pipe.num_timesteps == 3
+    assert torch.equal(found, latents(pipe, generator=seeds(0)))
+
+
+def test_the_callback_gets_what_it_asks_for(pipe):
+    seen = []
+    latents(pipe, callback_on_step_end=lambda pipe, step, done, tensors: seen.append(list(tensors)))
+    latents(
+        pipe,
+        callback_on_step_end=lambda pipe, step, done, tensors: seen.append(list(tensors)),
+        callback_on_step_end_tensor_inputs=[],
+        num_inference_steps=1,
+    )
+    assert seen == [["latents"]] * 3 + [[]]
+
+
+def test_the_callback_replaces_the_latents(pipe):
+    def blank(at):
+        def callback(pipe, step, done, tensors):
+            return {"latents": torch.zeros_like(tensors["latents"])} if step == at else {}
+
+        return callback
+
+    orders, noise = draw(torch.Generator().manual_seed(0))
+    settings = {"generation_order": orders, "noise": noise}
+    assert latents(pipe, callback_on_step_end=blank(2), **settings).abs().max() == 0
+    plain = pipe.vae.patchify(latents(pipe, **settings))[0]
+    found = pipe.vae.patchify(latents(pipe, callback_on_step_end=blank(0), **settings))[0]
+    assert found[orders[0, :3]].abs().max() == 0
+    # What came later was computed from the replaced tokens.
+    assert (found - plain)[orders[0, 3:]].abs().max() > 0.01
+
+
+def test_the_callback_can_interrupt(pipe, capsys):
+    calls = []
+
+    def callback(pipe, step, done, tensors):
+        calls.append(step)
+        pipe._interrupt = True
+
+    pipe.set_progress_bar_config(disable=False)
+    orders, noise = draw(torch.Generator().manual_seed(0))
+    settings = {"generation_order": orders, "noise": noise}
+    found = pipe.vae.patchify(latents(pipe, callback_on_step_end=callback, **settings))[0]
+    assert calls == [0] and pipe.interrupt
+    shown = capsys.readouterr().err
+    assert "1/3" in shown and "2/3" not in shown
+    whole = pipe.vae.patchify(latents(pipe, **settings))[0]
+    assert not pipe.interrupt
+    torch.testing.assert_close(found[orders[0, :3]], whole[orders[0, :3]], rtol=1e-4, atol=1e-4)
+    assert found[orders[0, 3:]].abs().max() == 0 < whole[orders[0, 3:]].abs().min()
+
+
+def test_the_callback_can_change_guidance(pipe):
+    def increase(pipe, step, done, tensors):
+        pipe._guidance_scale += 1.0
+        return tensors
+
+    latents(pipe, guidance_scale=2.0, callback_on_step_end=increase)
+    assert pipe.guidance_scale == 2.0 + pipe.num_timesteps
+
+    def off(pipe, step, done, tensors):
+        pipe._guidance_scale = 1.0
+
+    rows = rows_of_forwards(pipe)
+    latents(pipe, [0, 1], guidance_scale=2.0, callback_on_step_end=off)
+    assert rows == [4, 2, 2] and not pipe.do_classifier_free_guidance
+
+
+# Samplers
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small model that was really trained, so that what a sampler makes of it means something."""
+    folder = convert_checkpoint(
+        str(DATA / "checkpoint-last.pth"),
+        tmp_path_factory.mktemp("trained") / "model",
+        vae=str(DATA / "kl.ckpt"),
+        config=str(DATA / "original_args.json"),
+    )
+    pipe = MARPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("steps", [10, 25])
+def test_ddim_and_dpm_solver_swap_in(trained, steps):
+    def sample(scheduler):
+        parts = {**trained.components, "scheduler": scheduler}
+        pipe = MARPipeline(**parts)
+        pipe.set_progress_bar_config(disable=True)
+        return latents(pipe, [0, 1], generator=seeds(0, 1), num_inference_steps=4, num_diffusion_steps=steps)
+
+    config = trained.scheduler.config
+    reference = sample(TokenDDPMScheduler.from_config(config, max_timestep=950))
+    ddim, dpm = (sample(cls.from_config(config)) for cls in (DDIMScheduler, DPMSolverMultistepScheduler))
+    for found in (ddim, dpm):
+        assert 0.7 < found.std() / reference.std() < 1.4
+        assert found.abs().max() < 8
+    # Both follow the same differential equation from the same noise.
+    assert (ddim - dpm).std() < 0.3 * ddim.std()
+
+
+@pytest.fixture
+def warnings(caplog):
+    """The pipeline's own warnings."""
+    caplog.set_level(logging.WARNING, logger="mar_hf.pipelines.pipeline_mar")
+    return caplog
+
+
+@pytest.mark.parametrize("factor", [30.0, float("nan")])
+def test_exploded_tokens_are_reported(warnings, factor):
+    pipe = tiny_pipeline(scheduler=TokenDDPMScheduler(max_timestep=999))
+    with torch.no_grad():
+        pipe.transformer.head.out_proj.weight *= factor
+    latents(pipe, 1, generator=seeds(0))
+    (record,) = warnings.records
+    assert re.search(r"tokens reach (nan|[\d.e+]+) where about 4 is usual", record.message)
+    assert "`max_timestep=950`" in record.message
+
+
+def test_sane_tokens_are_not_reported(pipe, warnings):
+    latents(pipe, 1, generator=seeds(0))
+    assert warnings.records == []
+
+
+# Components and dtypes
+
+
+def test_components_rebuild_the_pipeline(pipe):
+    assert set(pipe.components) == {"transformer", "vae", "scheduler"}
+    again = MARPipeline(**pipe.components, generation_defaults=FEW_STEPS)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(latents(again, generator=seeds(0)), latents(pipe, generator=seeds(0)))
+
+
+def test_every_component_may_be_missing():
+    empty = MARPipeline(transformer=None, vae=None, scheduler=None)
+    assert empty.components == {"transformer": None, "vae": None, "scheduler": None}
+
+
+def test_a_call_does_not_mutate_components(either):
+    def state():
+        tensors = {
+            f"{name}.{key}": tensor.clone()
+            for name in ("transformer", "vae")
+            for key, tensor in getattr(either, name).state_dict().items()
+        }
+        rest = [
+            (part.config.to_dict(), [(m.training, set(vars(m))) for m in part.modules()])
+            for part in (either.transformer, either.vae)
+        ]
+        return tensors, (rest, dict(either.scheduler.config), dict(either.config), either.image_processor.config)
+
+    (tensors, rest), _ = state(), latents(either, generator=seeds(0))
+    either([0, 1], generator=seeds(0, 1), num_inference_steps=2, num_diffusion_steps=3, temperature=0.9)
+    tensors_after, rest_after = state()
+    assert rest_after == rest
+    assert tensors_after.keys() == tensors.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], tensors_after[name])] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_picture(either, dtype):
+    settings = {"generator": seeds(0), "guidance_scale": 1.5}
+    expected = latents(either, **settings)
+    either.to(dtype)
+    for name in ("transformer", "vae"):
+        assert {parameter.dtype for parameter in getattr(either, name).parameters()} == {dtype}
+    found = latents(either, generator=seeds(0), guidance_scale=1.5)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+    assert not torch.equal(found, expected)
+    image = either(1, output_type="pt").images
+    assert image.dtype == torch.float32 and image.isfinite().all()
+
+
+def test_components_may_have_different_dtypes(either):
+    either.transformer.to(torch.bfloat16)
+    assert either(1, output_type="pt").images.isfinite().all()
+
+
+def test_a_grid_that_is_not_square():
+    pipe = tiny_pipeline(transformer=tiny_transformer(grid_height=2, grid_width=6))
+    found = latents(pipe, generator=seeds(0))
+    assert found.shape == (1, 3, 4, 12)
+    assert pipe(1).images[0].size == (12, 4)

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the pipeline refuses, before any work: each message names the argument, the value and what is allowed."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from mar_hf import ImageTokenizer, ImageTokenizerConfig
+from tiny_pipelines import seeds, tiny_pipeline, tiny_transformer
+
+
+@pytest.fixture
+def refused():
+    """Call the pipeline with what it has to refuse; the message holds all the fragments and nothing was computed."""
+    pipe = tiny_pipeline()
+
+    def refused(fragments, **kwargs):
+        forwards, generator = [], torch.Generator().manual_seed(0)
+        before = generator.get_state()
+        pipe.transformer.register_forward_pre_hook(lambda *args: forwards.append(1))
+        with pytest.raises(ValueError) as error:
+            pipe(**{"class_labels": 1, "generator": generator, **kwargs})
+        for fragment in fragments:
+            assert fragment in str(error.value)
+        assert forwards == []
+        assert torch.equal(generator.get_state(), before)
+
+    refused.pipe = pipe
+    return refused
+
+
+@pytest.mark.parametrize(
+    "label, got",
+    [
+        (3, "got 3"),
+        (-1, "got -1"),
+        ([0, 7], "got 7"),
+        ([[0], [9]], "got 9"),
+        (torch.tensor([1, 5]), "got 5"),
+        (torch.tensor(1.0), "got 1.0"),
+        (np.array([4]), "got 4"),
+        (1.5, "got 1.5"),
+        (True, "got True"),
+        ([None], "got None"),
+        ({0: 1}, "got {0: 1}"),
+    ],
+)
+def test_labels_out_of_range(refused, label, got):
+    refused(["`class_labels`", "0..2", "class names", got], class_labels=label)
+
+
+def test_unknown_names(refused):
+    refused(["`class_labels`", "'dog'", "'heart'", "'cat'", "'kitten'", "'clock'"], class_labels=["heart", "dog"])
+
+
+def test_names_without_names():
+    with pytest.raises(ValueError, match="`class_labels`.*'dog'.*has no class names"):
+        tiny_pipeline(id2label=None)("dog")
+
+
+@pytest.mark.parametrize("labels", [[], (), [[]], torch.tensor([], dtype=torch.long)], ids=repr)
+def test_no_labels(refused, labels):
+    refused(["`class_labels` is empty", "None"], class_labels=labels)
+
+
+@pytest.mark.parametrize(
+    "kwargs, fragments",
+    [
+        ({"num_images_per_prompt": 0}, ["at least 1", "got 0"]),
+        ({"num_inference_steps": 0}, ["1..16", "got 0"]),
+        ({"num_inference_steps": -2}, ["1..16", "got -2"]),
+        ({"num_inference_steps": 17}, ["1..16", "tokens", "got 17"]),
+        ({"num_inference_steps": 2.0}, ["1..16", "got 2.0"]),
+        ({"num_diffusion_steps": 0}, ["1..1000", "got 0"]),
+        ({"num_diffusion_steps": 1001}, ["1..1000", "got 1001"]),
+        ({"num_diffusion_steps": 4.0}, ["1..1000", "got 4.0"]),
+        ({"temperature": -0.5}, ["at least 0", "got -0.5"]),
+        ({"guidance_schedule": "cosine"}, ["['constant', 'linear']", "got 'cosine'"]),
+        ({"token_schedule": "linear"}, ["['constant', 'cosine']", "got 'linear'"]),
+        ({"head_step_schedule": "cosine"}, ["['constant', 'linear']", "got 'cosine'"]),
+        ({"generation_order": "spiral"}, ["['random', 'raster']", "got 'spiral'"]),
+        ({"generation_order": torch.arange(15)[None]}, ["(1, 16)", "got (1, 15)"]),
+        ({"generation_order": torch.arange(16)}, ["(1, 16)", "got (16,)"]),
+        ({"generation_order": torch.arange(16).repeat(2, 1)}, ["(1, 16)", "got (2, 16)"]),
+        ({"generation_order": [list(range(16))]}, ["(1, 16)", "got [[0, 1"]),
+        ({"generation_order": torch.zeros(1, 16, dtype=torch.long)}, ["0..15 once", "row 0"]),
+        ({"generation_order": torch.arange(1, 17)[None]}, ["0..15 once", "row 0"]),
+        ({"generation_order": torch.arange(16)[None] + 0.5}, ["0..15 once", "row 0"]),
+        ({"generator": seeds(0, 1)}, ["one generator per picture (1)", "got 2"]),
+        ({"generator": []}, ["one generator per picture (1)", "got 0"]),
+        ({"generator": 0}, ["torch.Generator or a list", "got 0"]),
+        ({"generator": [None]}, ["torch.Generator or a list", "got [None]"]),
+        ({"generator": tuple(seeds(0))}, ["torch.Generator or a list", "got ("]),
+        ({"noise": torch.zeros(1, 16, 4, 12)}, ["(1, 16, 5, 12)", "got (1, 16, 4, 12)"]),
+        ({"noise": torch.zeros(2, 16, 5, 12)}, ["(1, 16, 5, 12)", "got (2, 16, 5, 12)"]),
+        ({"noise": torch.zeros(16, 5, 12)}, ["(1, 16, 5, 12)", "got (16, 5, 12)"]),
+        ({"output_type": "jpg"}, ["pil, np, pt or latent", "got 'jpg'"]),
+        ({"output_type": None}, ["pil, np, pt or latent", "got None"]),
+        ({"callback_on_step_end_tensor_inputs": ["latents", "noise"]}, ["['latents', 'mask']", "got ['noise']"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_arguments(refused, kwargs, fragments):
+    refused([f"`{next(iter(kwargs))}`", *fragments], **kwargs)
+
+
+def test_the_second_row_of_an_order_is_checked_too(refused):
+    order = torch.stack([torch.arange(16), torch.zeros(16, dtype=torch.long)])
+    refused(["`generation_order`", "row 1"], generation_order=order, class_labels=[0, 1])
+
+
+def test_generators_count_pictures_not_labels(refused):
+    refused(["(4)", "got 2"], class_labels=[0, 1], num_images_per_prompt=2, generator=seeds(0, 1))
+
+
+def test_a_bad_default_of_the_checkpoint_is_refused_too():
+    pipe = tiny_pipeline(generation_defaults={"num_inference_steps": 99})
+    with pytest.raises(ValueError, match=r"`num_inference_steps`.*1\.\.16.*got 99"):
+        pipe(1)
+
+
+@pytest.mark.parametrize(
+    "scheduler, fragments",
+    [
+        (FlowMatchEulerDiscreteScheduler(), ["FlowMatchEulerDiscreteScheduler", "'epsilon'"]),
+        (UniPCMultistepScheduler(), ["UniPCMultistepScheduler", "`generator`"]),
+        (DDPMScheduler(variance_type="learned_range"), ["DDPMScheduler", "'learned_range'", "'fixed_small'"]),
+        (DDIMScheduler(prediction_type="v_prediction"), ["DDIMScheduler", "'v_prediction'", "'epsilon'"]),
+    ],
+    ids=["flow", "no generator", "learned variance", "velocity"],
+)
+def test_schedulers_that_do_not_fit(refused, scheduler, fragments):
+    refused.pipe.scheduler = scheduler
+    refused(fragments)
+
+
+def test_a_temperature_that_the_scheduler_does_not_have(refused):
+    refused.pipe.scheduler = DDIMScheduler.from_config(refused.pipe.scheduler.config)
+    refused(["`temperature`", "1.0 with DDIMScheduler", "got 0.9"], temperature=0.9)
+
+
+# Construction
+
+
+def test_a_tokenizer_that_does_not_fit():
+    vae = ImageTokenizer(ImageTokenizerConfig(patch_size=4))
+    with pytest.raises(ValueError, match="`vae` makes tokens of 48 numbers, but `transformer` takes 12"):
+        tiny_pipeline(vae, transformer=tiny_transformer(token_dim=12))
+
+
+def test_unknown_defaults():
+    with pytest.raises(ValueError, match="`generation_defaults`.*'num_inference_steps'.*got 'steps'"):
+        tiny_pipeline(generation_defaults={"steps": 3})
+
+
+@pytest.mark.parametrize("number", [3, -1])
+def test_names_of_classes_that_do_not_exist(number):
+    with pytest.raises(ValueError, match=rf"`id2label`.*0\.\.2.*got \[{number}\]"):
+        tiny_pipeline(id2label={0: "heart", number: "dog"})
