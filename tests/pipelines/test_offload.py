@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Offloading of weights: on a GPU where there is one, else from the CPU to the CPU with the same hooks."""
+
+import accelerate.hooks
+import pytest
+import torch
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
+
+from mar_hf import MARPipeline
+from tiny_pipelines import seeds, tiny_kl, tiny_pipeline
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["pixels", "kl"])
+def pipe(request):
+    return tiny_pipeline(tiny_kl() if request.param == "kl" else None)
+
+
+def generate(pipe):
+    """Guided pictures with everything that a call touches."""
+    return pipe([0, 1], generator=seeds(0, 1), output_type="pt", guidance_scale=2.0).images
+
+
+def modules(pipe):
+    return [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_model_offload(pipe):
+    expected = generate(pipe)
+    pipe.enable_model_cpu_offload(device=DEVICE)
+    assert len(pipe._all_hooks) == 2  # `model_cpu_offload_seq` names both
+    for _ in range(2):  # the hooks have to be there again after the first call
+        assert_close(generate(pipe), expected)
+        assert {parameter.device.type for part in modules(pipe) for parameter in part.parameters()} == {"cpu"}
+
+
+def test_model_offload_order(pipe, monkeypatch):
+    """Each component comes to the device for its own part of the call, and leaves at the end."""
+    moves = []
+    for name in ("pre_forward", "init_hook"):
+        original = getattr(accelerate.hooks.CpuOffload, name)
+
+        def recording(hook, module, *args, name=name, original=original, **kwargs):
+            moves.append((name, next(key for key, part in pipe.components.items() if part is module)))
+            return original(hook, module, *args, **kwargs)
+
+        monkeypatch.setattr(accelerate.hooks.CpuOffload, name, recording)
+    pipe.enable_model_cpu_offload(device=DEVICE)
+    generate(pipe)
+    to_cpu = [("init_hook", "transformer"), ("init_hook", "vae")]
+    assert moves == [*to_cpu, *[("pre_forward", "transformer")] * 3, ("pre_forward", "vae"), *to_cpu]
+
+
+@pytest.fixture
+def plain_cpu(monkeypatch):
+    """accelerate compares "cpu:0" with "cpu" and takes them for two devices; nothing else stands in the CPU's way."""
+    original = accelerate.hooks.set_module_tensor_to_device
+
+    def set_module_tensor_to_device(module, name, device, *args, **kwargs):
+        return original(module, name, "cpu" if str(device) == "cpu:0" else device, *args, **kwargs)
+
+    monkeypatch.setattr(accelerate.hooks, "set_module_tensor_to_device", set_module_tensor_to_device)
+
+
+def test_sequential_offload(pipe, plain_cpu):
+    expected = generate(pipe)
+    pipe.enable_sequential_cpu_offload(device=DEVICE)
+    for _ in range(2):
+        # Weights are only where they are used: whatever reads one outside of a hooked method fails.
+        parts = [pipe.transformer, pipe.vae.autoencoder or torch.nn.Module()]
+        assert {parameter.device.type for part in parts for parameter in part.parameters()} == {"meta"}
+        assert_close(generate(pipe), expected)
+
+
+@pytest.mark.parametrize("kind", [{"offload_type": "leaf_level"}, {"offload_type": "block_level"}], ids=str)
+def test_group_offload(pipe, kind):
+    expected = generate(pipe)
+    if kind["offload_type"] == "block_level":
+        kind = {**kind, "num_blocks_per_group": 1}
+    pipe.enable_group_offload(onload_device=torch.device(DEVICE), offload_device=torch.device("cpu"), **kind)
+    assert all(_is_group_offload_enabled(part) for part in modules(pipe))
+    for _ in range(2):
+        assert_close(generate(pipe), expected)
+
+
+def test_offloading_ends(pipe):
+    expected = generate(pipe)
+    pipe.enable_model_cpu_offload(device=DEVICE)
+    generate(pipe)
+    pipe.remove_all_hooks()
+    pipe.to("cpu")
+    assert torch.equal(generate(pipe), expected)
+
+
+def test_device_map(pipe, tmp_path):
+    expected = generate(pipe)
+    pipe.save_pretrained(tmp_path)
+    placed = MARPipeline.from_pretrained(tmp_path, device_map=DEVICE)
+    placed.set_progress_bar_config(disable=True)
+    assert placed.hf_device_map is not None
+    assert_close(generate(placed), expected)

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pipelines come back as they were saved: folders, hub ids, another process, shards, variants and dtypes."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from transformers import AutoConfig, AutoModel
+
+from mar_hf import (
+    ImageTokenizer,
+    MARConfig,
+    MARForImageGeneration,
+    MARModel,
+    MARPipeline,
+    TokenDDPMScheduler,
+)
+from tiny_pipelines import FEW_STEPS, NAMES, seeds, tiny_kl, tiny_pipeline
+
+
+SETTINGS = {
+    "num_inference_steps": 4,
+    "guidance_scale": 1.5,
+    "num_diffusion_steps": 6,
+    "guidance_schedule": "constant",
+    "token_schedule": "constant",
+    "head_step_schedule": "linear",
+    "temperature": 0.9,
+    "generation_order": "raster",
+}
+
+
+@pytest.fixture(params=["pixels", "kl"])
+def pipe(request):
+    return tiny_pipeline(tiny_kl() if request.param == "kl" else None, generation_defaults=SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def kl():
+    return tiny_pipeline(tiny_kl())
+
+
+@pytest.fixture(scope="module")
+def folder(kl, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    kl.save_pretrained(folder)
+    return folder
+
+
+def load(source, **kwargs):
+    pipe = MARPipeline.from_pretrained(source, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe):
+    return pipe([1, 2], generator=seeds(0, 1), output_type="pt").images
+
+
+def files(folder, ending):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob(f"*{ending}"))
+
+
+def assert_same_pipeline(found, expected):
+    """Weights, settings and pictures, bit for bit."""
+    for name in ("transformer", "vae"):
+        part, other = getattr(found, name), getattr(expected, name)
+        assert type(part) is type(other) and not part.training
+        tensors, others = part.state_dict(), other.state_dict()
+        assert tensors.keys() == others.keys()
+        assert [key for key in tensors if not torch.equal(tensors[key], others[key])] == []
+        assert [key for key in tensors if tensors[key].dtype != others[key].dtype] == []
+    assert isinstance(found.scheduler, TokenDDPMScheduler)
+    for name in ("max_timestep", "num_train_timesteps"):
+        assert found.scheduler.config[name] == expected.scheduler.config[name]
+    assert found.config.id2label == expected.config.id2label
+    assert found.generation_defaults == expected.generation_defaults
+    assert torch.equal(generate(found), generate(expected))
+
+
+def test_a_folder_round_trip(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "MARPipeline"
+    assert index["transformer"] == ["mar_hf", "MARForImageGeneration"]
+    assert index["vae"] == ["mar_hf", "ImageTokenizer"]
+    assert index["scheduler"] == ["mar_hf", "TokenDDPMScheduler"]
+    assert index["generation_defaults"] == SETTINGS
+    found = load(tmp_path)
+    assert_same_pipeline(found, pipe)
+    assert found.config.id2label == NAMES  # numbers again, though JSON knows only strings
+    assert found.labels["kitten"] == 1
+
+
+def test_a_second_round_trip_changes_nothing(folder, tmp_path):
+    load(folder).save_pretrained(tmp_path)
+    written = {path: (folder / path).read_bytes() for path in files(folder, ".*")}
+    again = {path: (tmp_path / path).read_bytes() for path in files(tmp_path, ".*")}
+    index = json.loads(again.pop("model_index.json"))
+    del index["_name_or_path"]  # diffusers notes where the pipeline came from
+    assert index == json.loads(written.pop("model_index.json"))
+    assert len(written) == 5 and again == written
+
+
+def test_saved_defaults_are_used(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    plain = tiny_pipeline(pipe.vae, transformer=pipe.transformer)
+    expected = plain([1, 2], generator=seeds(0, 1), output_type="pt", **SETTINGS).images
+    assert torch.equal(generate(load(tmp_path)), expected)
+    assert not torch.allclose(generate(plain), expected, atol=1e-3)
+
+
+def test_a_pipeline_without_names_and_defaults(tmp_path):
+    pipe = tiny_pipeline(id2label=None, generation_defaults=None)
+    pipe.save_pretrained(tmp_path)
+    found = load(tmp_path)
+    assert found.config.id2label is None and found.labels == {}
+    assert found.generation_defaults == pipe.generation_defaults
+
+
+def test_by_hub_id(hub, pipe, tmp_path):
+    pipe.push_to_hub("org/tiny")
+    found = load("org/tiny", cache_dir=tmp_path / "cache")
+    assert_same_pipeline(found, pipe)
+    assert ("GET", "/org/tiny/resolve/", 200) in {(m, p[:18], status) for m, p, status in hub.log}
+
+
+def test_in_a_fresh_process(hub, kl, folder, tmp_path):
+    kl.push_to_hub("org/fresh")
+    expected = hashlib.sha256(kl("kitten", generator=seeds(0)).images[0].tobytes()).hexdigest()
+    code = """
+import hashlib, sys, torch
+from mar_hf import MARPipeline
+for source in sys.argv[1:]:
+    image = MARPipeline.from_pretrained(source)("kitten", generator=torch.Generator().manual_seed(0)).images[0]
+    print(hashlib.sha256(image.tobytes()).hexdigest())
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(folder), "org/fresh"], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [expected, expected]
+
+
+def test_components_by_hub_id(hub, kl, tmp_path):
+    kl.push_to_hub("org/parts")
+
+    def part(cls, name):
+        return cls.from_pretrained("org/parts", subfolder=name, cache_dir=tmp_path)
+
+    assert_same_pipeline(
+        MARPipeline(
+            part(MARForImageGeneration, "transformer"),
+            part(ImageTokenizer, "vae"),
+            part(TokenDDPMScheduler, "scheduler"),
+            id2label=NAMES,
+            generation_defaults=FEW_STEPS,
+        ),
+        kl,
+    )
+    assert isinstance(part(AutoConfig, "transformer"), MARConfig)
+
+
+def test_auto_model_gives_the_backbone_without_the_head(folder, kl):
+    backbone = AutoModel.from_pretrained(folder, subfolder="transformer")
+    assert type(backbone) is MARModel
+    for name, tensor in kl.transformer.model.state_dict().items():
+        assert torch.equal(backbone.state_dict()[name], tensor), name
+
+
+def test_variants(hub, kl, tmp_path):
+    half = load_copy(kl).to(torch.float16)
+    half.save_pretrained(tmp_path, variant="fp16")
+    names = ["transformer/model.fp16.safetensors", "vae/model.fp16.safetensors"]
+    assert files(tmp_path, ".safetensors") == names
+    found = load(tmp_path, variant="fp16", dtype=torch.float16)
+    assert_same_pipeline(found, half)
+    half.push_to_hub("org/variant", variant="fp16")
+    assert_same_pipeline(load("org/variant", variant="fp16", dtype=torch.float16, cache_dir=tmp_path / "cache"), half)
+
+
+def load_copy(pipe):
+    """The same pipeline on weights of its own."""
+    parts = {name: type(part).from_config(part.config) for name, part in (("scheduler", pipe.scheduler),)}
+    for name in ("transformer", "vae"):
+        part = getattr(pipe, name)
+        parts[name] = type(part)(part.config).eval()
+        parts[name].load_state_dict(part.state_dict())
+    copy = MARPipeline(**parts, id2label=pipe.config.id2label, generation_defaults=pipe.config.generation_defaults)
+    copy.set_progress_bar_config(disable=True)
+    return copy
+
+
+def test_a_variant_beside_the_default(kl, tmp_path):
+    kl.save_pretrained(tmp_path)
+    load_copy(kl).to(torch.bfloat16).save_pretrained(tmp_path, variant="bf16")
+    assert len(files(tmp_path, ".safetensors")) == 4
+    # Without `dtype`, transformers takes that of the configuration, which both variants share.
+    assert_same_pipeline(load(tmp_path, dtype=torch.float32), kl)
+    assert load(tmp_path, variant="bf16").transformer.dtype == torch.bfloat16
+
+
+def test_wrong_variants_raise(hub, kl, folder):
+    with pytest.raises((ValueError, OSError), match="fp16"):
+        load(folder, variant="fp16")
+    kl.push_to_hub("org/no-variant")
+    with pytest.raises((ValueError, OSError), match="fp16"):
+        load("org/no-variant", variant="fp16")
+
+
+def test_dtypes(folder):
+    assert {part.dtype for part in (load(folder).transformer, load(folder).vae)} == {torch.float32}
+    half = load(folder, dtype=torch.bfloat16)
+    assert {parameter.dtype for part in (half.transformer, half.vae) for parameter in part.parameters()} == {
+        torch.bfloat16
+    }
+    assert generate(half).isfinite().all()
+    mixed = load(folder, dtype={"transformer": torch.bfloat16, "default": torch.float32})
+    assert (mixed.transformer.dtype, mixed.vae.dtype) == (torch.bfloat16, torch.float32)
+    assert generate(mixed).isfinite().all()
+
+
+def test_tables_stay_exact_in_half_precision(folder, kl):
+    half = load(folder, dtype=torch.bfloat16)
+    for name in ("betas", "alphas_cumprod"):
+        found = getattr(half.scheduler, name)
+        assert found.dtype == torch.float64 and torch.equal(found, getattr(kl.scheduler, name))
+
+
+def test_shards(hub, kl, tmp_path):
+    kl.save_pretrained(tmp_path, max_shard_size="30KB")
+    shards = files(tmp_path / "transformer", ".safetensors")
+    assert len(shards) > 2 and "model.safetensors" not in shards
+    assert (tmp_path / "transformer" / "model.safetensors.index.json").exists()
+    found = load(tmp_path)
+    assert_same_pipeline(found, kl)
+
+
+def test_a_truncated_component_is_refused(kl, tmp_path):
+    kl.save_pretrained(tmp_path)
+    weights = tmp_path / "transformer" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"transformer/model\.safetensors is truncated"):
+        load(tmp_path)
+
+
+def test_from_pipe(kl):
+    found = MARPipeline.from_pipe(kl)
+    found.set_progress_bar_config(disable=True)
+    assert found.transformer is kl.transformer and found.vae is kl.vae
+    assert_same_pipeline(found, kl)
+    other = MARPipeline.from_pipe(kl, generation_defaults={**FEW_STEPS, "temperature": 0.5})
+    assert other.generation_defaults["temperature"] == 0.5 and other.config.id2label == NAMES
+    assert kl.generation_defaults["temperature"] == 1.0
+
+
+def test_a_component_can_be_replaced_while_loading(folder, kl):
+    scheduler = DDIMScheduler.from_config(kl.scheduler.config)
+    found = load(folder, scheduler=scheduler)
+    assert found.scheduler is scheduler
+    assert not torch.equal(generate(found), generate(kl))
+
+
+def test_a_swapped_scheduler_is_saved(folder, tmp_path):
+    pipe = load(folder)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    found = load(tmp_path)
+    assert torch.equal(generate(found), generate(pipe))
+    # And back: nothing of our configuration was lost on the way.
+    found.scheduler = TokenDDPMScheduler.from_config(found.scheduler.config)
+    assert found.scheduler.config.max_timestep == 400
+    assert torch.equal(generate(found), generate(load(folder)))
+
+
+@pytest.mark.parametrize("name", ["transformer", "vae", "scheduler"])
+def test_components_can_be_left_out(folder, name, tmp_path):
+    pipe = MARPipeline.from_pretrained(folder, **{name: None})
+    assert [part for part, value in pipe.components.items() if value is None] == [name]
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())[name] == [None, None]
+    again = MARPipeline.from_pretrained(tmp_path, **{name: getattr(load(folder), name)})
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(generate(again), generate(load(folder)))
