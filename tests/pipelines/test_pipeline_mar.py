@@ -477,6 +477,17 @@ def test_the_callback_can_change_guidance(pipe):
     assert rows == [4, 2, 2] and not pipe.do_classifier_free_guidance
 
 
+def test_changed_guidance_counts_from_the_next_step(pipe):
+    def callback(pipe, step, done, tensors):
+        pipe._guidance_scale = 5.0
+
+    orders, noise = draw(torch.Generator().manual_seed(0))
+    expected = by_hand(pipe, torch.tensor([1]), orders, noise, COSINE, [2.0, 5.0, 5.0])
+    settings = {"guidance_scale": 2.0, "guidance_schedule": "constant", "callback_on_step_end": callback}
+    found = latents(pipe, 1, generation_order=orders, noise=noise, **settings)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 # Samplers
 
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModel
 
 from mar_hf import (
@@ -128,6 +129,8 @@ def test_by_hub_id(hub, pipe, tmp_path):
     found = load("org/tiny", cache_dir=tmp_path / "cache")
     assert_same_pipeline(found, pipe)
     assert ("GET", "/org/tiny/resolve/", 200) in {(m, p[:18], status) for m, p, status in hub.log}
+    hub.clear()
+    assert_same_pipeline(load("org/tiny", cache_dir=tmp_path / "cache", local_files_only=True), pipe)
 
 
 def test_in_a_fresh_process(hub, kl, folder, tmp_path):
@@ -238,8 +241,10 @@ def test_shards(hub, kl, tmp_path):
     shards = files(tmp_path / "transformer", ".safetensors")
     assert len(shards) > 2 and "model.safetensors" not in shards
     assert (tmp_path / "transformer" / "model.safetensors.index.json").exists()
-    found = load(tmp_path)
-    assert_same_pipeline(found, kl)
+    assert_same_pipeline(load(tmp_path), kl)
+    HfApi().create_repo("org/shards")
+    HfApi().upload_folder(repo_id="org/shards", folder_path=tmp_path)
+    assert_same_pipeline(load("org/shards", cache_dir=tmp_path / "cache"), kl)
 
 
 def test_a_truncated_component_is_refused(kl, tmp_path):
