@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several test files measure with."""
+"""What several test files build and measure with."""
 
 import torch
+
+from mar_hf import MARConfig, MARForImageGeneration
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -21,3 +23,35 @@ def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torc
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
+
+
+def randomise(module: torch.nn.Module, seed: int = 0, gain: float = 0.5) -> torch.nn.Module:
+    """Random values for every parameter: a fresh head starts at zero, where nothing depends on anything."""
+    generator = seeded(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            fan_in = parameter.shape[-1] if parameter.ndim > 1 else 4
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * gain / fan_in**0.5)
+    return module.eval()
+
+
+def tiny_config(**changes) -> MARConfig:
+    """4 x 4 tokens of 12 numbers, 3 classes, 32 wide."""
+    settings = {
+        "grid_height": 4,
+        "grid_width": 4,
+        "token_dim": 12,
+        "num_classes": 3,
+        "num_class_tokens": 2,
+        "hidden_size": 32,
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 1,
+        "num_attention_heads": 2,
+        "head_config": {"num_layers": 2, "hidden_size": 32},
+    }
+    return MARConfig(**{**settings, **changes})
+
+
+def tiny_model(**changes) -> MARForImageGeneration:
+    """The same model every time, in eval mode, none of its weights at zero."""
+    return randomise(MARForImageGeneration(tiny_config(**changes)))
