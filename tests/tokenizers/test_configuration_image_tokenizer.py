@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the image tokenizer: that they come back, and what is refused."""
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from mar_hf import ImageTokenizerConfig
+
+
+TINY = {"_class_name": "AutoencoderTiny", "latent_channels": 4}
+
+
+def test_defaults_are_pixels():
+    config = ImageTokenizerConfig()
+    assert (config.autoencoder, config.latent_channels, config.patch_size) == (None, 3, 1)
+    assert (config.normalizer, config.shift_factor, config.scaling_factor) == ("affine", 0.0, 1.0)
+
+
+def test_every_field_comes_back(tmp_path):
+    changed = {
+        "autoencoder": TINY,
+        "patch_size": 2,
+        "normalizer": "token_layer_norm",
+        "shift_factor": [0.1, 0.2, 0.3, 4],
+        "scaling_factor": [1.5, 2, -2.5, 3.0],
+    }
+    config = ImageTokenizerConfig(**changed)
+    config.save_pretrained(tmp_path)
+    for loaded in (ImageTokenizerConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is ImageTokenizerConfig
+        assert {name: getattr(loaded, name) for name in changed} == changed
+        assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
+        assert loaded.latent_channels == 4
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"patch_size": 0}, "`patch_size` has to be at least 1, got 0"),
+        ({"normalizer": "batch"}, r"`normalizer` has to be one of \('affine', 'token_layer_norm'\), got 'batch'"),
+        (
+            {"scaling_factor": [1.0, 2.0]},
+            r"`scaling_factor` needs one value per latent channel \(3\), got \[1.0, 2.0\]",
+        ),
+        ({"autoencoder": TINY, "shift_factor": [0.0] * 3}, r"`shift_factor` needs one value per latent channel \(4\)"),
+        ({"scaling_factor": 0}, "`scaling_factor` has to be different from 0, got 0"),
+        ({"scaling_factor": [1.0, 0.0, 1.0]}, r"`scaling_factor` has to be different from 0, got \[1.0, 0.0, 1.0\]"),
+        ({"autoencoder": {}}, r"`autoencoder` has to hold `_class_name` and `latent_channels`, got \{\}"),
+        ({"autoencoder": {"latent_channels": 4}}, "`autoencoder` has to hold `_class_name`"),
+    ],
+)
+def test_values_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ImageTokenizerConfig(**settings)
+
+
+@pytest.mark.parametrize("field, value", [("patch_size", 2.0), ("autoencoder", "kl"), ("scaling_factor", "1")])
+def test_fields_have_types(field, value):
+    with pytest.raises(StrictDataclassError, match=f"'{field}'"):
+        ImageTokenizerConfig(**{field: value})

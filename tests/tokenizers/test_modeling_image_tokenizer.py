@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pixels and every kind of autoencoder: round trips, geometry, statistics, randomness, saving."""
+
+import math
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    ConsistencyDecoderVAE,
+    VQModel,
+)
+from torch import nn
+from transformers import AutoModel
+
+from common import assert_same_tensors, relative_error, seeded
+from mar_hf import ImageTokenizer, ImageTokenizerConfig
+from mar_hf.tokenizers import AUTOENCODERS
+
+
+TWO_LEVELS = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (8, 8),
+    "norm_num_groups": 4,
+}
+# Latent channels differ, so that no two are confused.
+BUILDERS = {
+    "AutoencoderKL": lambda: AutoencoderKL(**TWO_LEVELS, latent_channels=2),
+    "AutoencoderKL, attention at the lowest level": lambda: AutoencoderKL(
+        **{**TWO_LEVELS, "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")}, latent_channels=3
+    ),
+    "AutoencoderKL, shifted": lambda: AutoencoderKL(
+        **TWO_LEVELS, latent_channels=5, shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False
+    ),
+    "AsymmetricAutoencoderKL": lambda: AsymmetricAutoencoderKL(
+        down_block_types=TWO_LEVELS["down_block_types"],
+        down_block_out_channels=(8, 8),
+        up_block_types=TWO_LEVELS["up_block_types"],
+        up_block_out_channels=(8, 16),
+        norm_num_groups=4,
+        latent_channels=6,
+    ),
+    "AutoencoderDC": lambda: AutoencoderDC(
+        latent_channels=4,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.7,
+    ),
+    "AutoencoderTiny": lambda: AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=7,
+    ),
+    "VQModel": lambda: VQModel(**TWO_LEVELS, latent_channels=3, num_vq_embeddings=16),
+}
+SAMPLED = ("AutoencoderKL", "AsymmetricAutoencoderKL")
+
+
+def build(name):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return BUILDERS[name]().eval()
+
+
+def pictures(batch=2, height=16, width=16):
+    return torch.randn(batch, 3, height, width, generator=seeded(1)).clamp(-1, 1)
+
+
+def pixels(**settings):
+    return ImageTokenizer(ImageTokenizerConfig(**settings))
+
+
+def bare_latents(autoencoder, images):
+    """What the autoencoder itself makes of pictures, without noise."""
+    encoded = autoencoder.encode(images)
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mode()
+    return encoded.latent if hasattr(encoded, "latent") else encoded.latents
+
+
+# Pixels
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("statistics", [{}, {"shift_factor": [0.1, -0.2, 0.5], "scaling_factor": [2.0, 0.5, 3.3]}])
+def test_pixels_come_back(patch_size, statistics):
+    tokenizer, images = pixels(patch_size=patch_size, **statistics), pictures()
+    encoded = tokenizer.encode(images)
+    assert (tokenizer.stride, tokenizer.token_dim) == (patch_size, 3 * patch_size**2)
+    assert encoded.latents.shape == images.shape
+    assert encoded.tokens.shape == (2, (16 // patch_size) ** 2, tokenizer.token_dim)
+    assert (tokenizer.decode(encoded.tokens) - images).abs().max() < 1e-6
+    assert (tokenizer.decode(encoded.latents) - images).abs().max() < 1e-6
+    assert (tokenizer(images) - images).abs().max() < 1e-6
+
+
+def test_channel_statistics_make_units():
+    images = pictures(8) * torch.tensor([0.2, 0.5, 0.1]).reshape(3, 1, 1) + torch.tensor([0.3, 0.0, -0.4]).reshape(
+        3, 1, 1
+    )
+    mean, deviation = images.mean((0, 2, 3)), images.std((0, 2, 3))
+    latents = pixels(shift_factor=mean.tolist(), scaling_factor=(1 / deviation).tolist()).encode(images).latents
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-5
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 1e-5
+
+
+# Patches
+
+
+def test_tokens_are_channel_major_and_row_by_row():
+    tokenizer = pixels(patch_size=2)
+    latents = torch.arange(3 * 4 * 6).reshape(1, 3, 4, 6).float()
+    tokens = tokenizer.patchify(latents)
+    assert tokens.shape == (1, 6, 12)
+    # Channel c, row y, column x holds 24 c + 6 y + x. The first token is the top left square, the next its neighbour.
+    assert tokens[0, 0].tolist() == [0, 1, 6, 7, 24, 25, 30, 31, 48, 49, 54, 55]
+    assert tokens[0, 1, :4].tolist() == [2, 3, 8, 9]
+    assert tokens[0, 3, :4].tolist() == [12, 13, 18, 19]
+    assert torch.equal(tokenizer.unpatchify(tokens, grid_height=2), latents)
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKL", "AutoencoderTiny"])
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_patches_go_back_together(name, patch_size):
+    tokenizer = ImageTokenizer.from_autoencoder(build(name), patch_size=patch_size)
+    latents = torch.randn(2, tokenizer.latent_channels, 8, 8, generator=seeded())
+    assert torch.equal(tokenizer.unpatchify(tokenizer.patchify(latents)), latents)
+    latents = torch.randn(2, tokenizer.latent_channels, 4, 12, generator=seeded())
+    assert torch.equal(tokenizer.unpatchify(tokenizer.patchify(latents), 4 // patch_size), latents)
+
+
+# Autoencoders
+
+
+def test_every_kind_is_tried():
+    assert {name.split(",")[0] for name in BUILDERS} == AUTOENCODERS.keys()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_autoencoders_are_wrapped_not_changed(name, patch_size):
+    autoencoder, images = build(name), pictures(2, 16, 24)
+    tokenizer = ImageTokenizer.from_autoencoder(autoencoder, patch_size=patch_size)
+    channels = autoencoder.config.latent_channels
+    assert (tokenizer.latent_channels, tokenizer.token_dim) == (channels, channels * patch_size**2)
+    assert tokenizer.stride == 2 * patch_size
+
+    shift, scale = (
+        autoencoder.config.get(key) or other for key, other in (("shift_factor", 0), ("scaling_factor", 1))
+    )
+    bare = bare_latents(autoencoder, images)
+    encoded = tokenizer.encode(images, sample_posterior=False)
+    assert encoded.latents.shape == (2, channels, 8, 12)
+    assert encoded.tokens.shape == (2, 96 // patch_size**2, tokenizer.token_dim)
+    assert relative_error(encoded.latents, (bare - shift) * scale) < 1e-6
+    assert torch.equal(encoded.tokens, tokenizer.patchify(encoded.latents))
+
+    expected = autoencoder.decode(bare).sample
+    assert expected.shape == images.shape
+    assert relative_error(tokenizer.decode(encoded.latents), expected) < 1e-4
+    assert torch.equal(tokenizer(images), tokenizer.decode(encoded.latents))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_tokens_of_a_square_grid_decode_as_its_latents(patch_size):
+    tokenizer, images = ImageTokenizer.from_autoencoder(build("AutoencoderKL"), patch_size=patch_size), pictures()
+    encoded = tokenizer.encode(images, sample_posterior=False)
+    assert relative_error(tokenizer.decode(encoded.tokens), tokenizer.decode(encoded.latents)) < 1e-5
+
+
+@torch.no_grad()
+def test_scales_of_one_s_own():
+    autoencoder, images = build("AutoencoderKL, shifted"), pictures()
+    channels = [0.5, 1.0, 1.5, 2.0, 2.5]
+    tokenizer = ImageTokenizer.from_autoencoder(autoencoder, scaling_factor=channels, shift_factor=0.3)
+    expected = (bare_latents(autoencoder, images) - 0.3) * torch.tensor(channels).reshape(1, -1, 1, 1)
+    assert relative_error(tokenizer.encode(images, sample_posterior=False).latents, expected) < 1e-6
+    assert (tokenizer.config.scaling_factor, tokenizer.config.shift_factor) == (channels, 0.3)
+    own = ImageTokenizer.from_autoencoder(autoencoder).config
+    assert (own.scaling_factor, own.shift_factor) == (0.4, 0.1)
+
+
+def test_the_autoencoder_is_shared():
+    autoencoder = build("AutoencoderKL")
+    tokenizer = ImageTokenizer.from_autoencoder(autoencoder)
+    assert tokenizer.autoencoder is autoencoder and not tokenizer.training
+    assert_same_tensors(
+        {name.removeprefix("autoencoder."): tensor for name, tensor in tokenizer.state_dict().items()},
+        build("AutoencoderKL").state_dict(),
+    )
+    assert ImageTokenizer.from_autoencoder(autoencoder.train()).training
+    assert ImageTokenizer.from_autoencoder(autoencoder.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_new_autoencoders_start_as_diffusers_starts_them():
+    config = ImageTokenizer.from_autoencoder(build("AutoencoderKL")).config
+    convolutions = [m for m in ImageTokenizer(config).modules() if isinstance(m, nn.Conv2d) and m.weight.numel() > 100]
+    assert len(convolutions) > 10
+    for convolution in convolutions:
+        bound = 1 / math.sqrt(convolution.weight[0].numel())
+        assert 0.8 * bound < convolution.weight.abs().max() <= bound
+
+
+# Normalisation of tokens
+
+
+@torch.no_grad()
+def test_layer_norm_gives_every_token_unit_variance():
+    tokenizer = pixels(patch_size=4, normalizer="token_layer_norm", shift_factor=0.2, scaling_factor=3.0)
+    images = pictures()
+    encoded = tokenizer.encode(images)
+    assert encoded.tokens.mean(-1).abs().max() < 1e-5
+    assert (encoded.tokens.var(-1, unbiased=False) - 1).abs().max() < 1e-3
+    assert torch.equal(tokenizer.patchify(encoded.latents), encoded.tokens)
+    # Each token is an affine picture of its pixels.
+    plain = pixels(patch_size=4).encode(images).tokens
+    centred = plain - plain.mean(-1, keepdim=True)
+    assert relative_error(encoded.tokens, centred / plain.std(-1, unbiased=False, keepdim=True)) < 1e-4
+
+
+@torch.no_grad()
+def test_layer_norm_on_grids_that_are_not_square():
+    tokenizer = pixels(patch_size=4, normalizer="token_layer_norm")
+    encoded = tokenizer.encode(pictures(1, 8, 24))
+    assert encoded.latents.shape == (1, 3, 8, 24)
+    assert torch.equal(tokenizer.patchify(encoded.latents), encoded.tokens)
+
+
+# Randomness
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SAMPLED)
+def test_the_posterior_is_sampled_from_the_generator(name):
+    autoencoder, images, before = build(name), pictures(), torch.get_rng_state()
+    tokenizer = ImageTokenizer.from_autoencoder(autoencoder, scaling_factor=2.0)
+    first, second, other = (tokenizer.encode(images, generator=seeded(seed)).latents for seed in (1, 1, 2))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    posterior = autoencoder.encode(images).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=seeded(1))
+    assert relative_error(first, 2 * (posterior.mean + posterior.std * noise)) < 1e-6
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@torch.no_grad()
+def test_each_picture_follows_its_own_generator():
+    tokenizer, images = ImageTokenizer.from_autoencoder(build("AutoencoderKL")), pictures(3)
+    together = tokenizer.encode(images, generator=[seeded(i) for i in range(3)]).latents
+    for i in range(3):
+        alone = tokenizer.encode(images[i : i + 1], generator=seeded(i)).latents
+        assert relative_error(together[i : i + 1], alone) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in BUILDERS if name.split(",")[0] not in SAMPLED])
+def test_others_have_nothing_to_sample(name):
+    tokenizer, images = ImageTokenizer.from_autoencoder(build(name)), pictures()
+    expected = tokenizer.encode(images, sample_posterior=False).latents
+    assert torch.equal(tokenizer.encode(images, generator=seeded()).latents, expected)
+
+
+# Saving and loading
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BUILDERS)
+def test_save_and_load_is_bit_equal(name, tmp_path):
+    tokenizer = ImageTokenizer.from_autoencoder(build(name), patch_size=2, scaling_factor=0.3)
+    tokenizer.save_pretrained(tmp_path)
+    for loaded in (ImageTokenizer.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
+        assert type(loaded) is ImageTokenizer and not loaded.training
+        assert type(loaded.autoencoder) is type(tokenizer.autoencoder)
+        assert_same_tensors(loaded.state_dict(), tokenizer.state_dict())
+        assert loaded.config.scaling_factor == 0.3 and loaded.stride == 4
+        encoded = tokenizer.encode(pictures(), generator=seeded())
+        assert torch.equal(loaded.encode(pictures(), generator=seeded()).tokens, encoded.tokens)
+        assert torch.equal(loaded.decode(encoded.tokens), tokenizer.decode(encoded.tokens))
+
+
+def test_pixels_are_saved_too(tmp_path):
+    tokenizer = pixels(patch_size=4, shift_factor=[0.1, 0.2, 0.3], scaling_factor=[2.0, 3.0, 4.0])
+    tokenizer.save_pretrained(tmp_path)
+    loaded = ImageTokenizer.from_pretrained(tmp_path)
+    assert torch.equal(loaded.encode(pictures()).tokens, tokenizer.encode(pictures()).tokens)
+    assert loaded.autoencoder is None and loaded.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_half_precision(tmp_path):
+    full = ImageTokenizer.from_autoencoder(build("AutoencoderKL"))
+    full.save_pretrained(tmp_path)
+    half, images = ImageTokenizer.from_pretrained(tmp_path, dtype=torch.bfloat16), pictures()
+    encoded = half.encode(images.bfloat16(), sample_posterior=False)
+    assert encoded.latents.dtype == encoded.tokens.dtype == torch.bfloat16
+    # The autoencoder works in its dtype, what goes in decides what comes out.
+    assert half.encode(images, sample_posterior=False).latents.dtype == torch.float32
+    assert half.decode(encoded.latents.float()).dtype == torch.float32
+    assert half.decode(encoded.latents).dtype == torch.bfloat16
+    expected = full.encode(images, sample_posterior=False).latents
+    assert relative_error(encoded.latents.float(), expected) < 0.05
+
+
+@torch.no_grad()
+def test_encode_and_decode_bring_weights_to_the_device():
+    # Offloading hooks hang on `forward`; these two are called instead.
+    class Recorder(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    hook, tokenizer = Recorder(), ImageTokenizer.from_autoencoder(build("AutoencoderTiny"))
+    add_hook_to_module(tokenizer, hook)
+    latents = tokenizer.encode(pictures()).latents
+    assert hook.calls == 1
+    tokenizer.decode(latents)
+    assert hook.calls == 2
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((3, 16, 16), r"`pixel_values` has to be of shape \(batch, 3, height, width\)"),
+        ((2, 1, 16, 16), r"`pixel_values` has to be of shape \(batch, 3, height, width\)"),
+        ((2, 3, 18, 16), r"`pixel_values` has size \(18, 16\); both sides have to be multiples of 4"),
+        ((2, 3, 16, 18), r"`pixel_values` has size \(16, 18\); both sides have to be multiples of 4"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["pixels", "autoencoder"])
+def test_pictures_that_do_not_fit(shape, message, kind):
+    tokenizer = ImageTokenizer.from_autoencoder(build("AutoencoderTiny"), patch_size=2)
+    tokenizer = pixels(patch_size=4) if kind == "pixels" else tokenizer
+    with pytest.raises(ValueError, match=message):
+        tokenizer.encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((1, 5, 4, 4), r"`latents` has to be of shape \(batch, 3, height, width\) or \(batch, num_tokens, 12\)"),
+        ((4, 12), r"`latents` has to be of shape .* got \(4, 12\)"),
+        ((1, 4, 11), r"`tokens` has to be of shape \(batch, num_tokens, 12\), got \(1, 4, 11\)"),
+        ((1, 5, 12), "5 tokens do not fill a grid of 2 rows; give `grid_height`"),
+    ],
+)
+def test_latents_that_do_not_fit(shape, message):
+    with pytest.raises(ValueError, match=message):
+        pixels(patch_size=2).decode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 15, 16), (1, 3, 16, 15), (1, 2, 16, 16), (3, 16, 16)])
+def test_grids_that_cannot_be_cut(shape):
+    message = r"`latents` has to be of shape \(batch, 3, height, width\) with sides that are multiples of 2"
+    with pytest.raises(ValueError, match=message):
+        pixels(patch_size=2).patchify(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("rows", [0, 3, 5])
+def test_grids_that_cannot_be_filled(rows):
+    with pytest.raises(ValueError, match=f"16 tokens do not fill a grid of {rows} rows"):
+        pixels(patch_size=2).unpatchify(torch.zeros(1, 16, 12), rows)
+
+
+@pytest.mark.parametrize("autoencoder", [ConsistencyDecoderVAE, nn.Linear])
+def test_autoencoders_that_are_not_known(autoencoder):
+    with torch.device("meta"):
+        other = autoencoder(1, 1) if autoencoder is nn.Linear else autoencoder()
+    message = rf"`autoencoder` has to be one of \['AsymmetricAutoencoderKL', .*\], got '{autoencoder.__name__}'"
+    with pytest.raises(ValueError, match=message):
+        ImageTokenizer.from_autoencoder(other)
+    settings = {"_class_name": autoencoder.__name__, "latent_channels": 4}
+    with pytest.raises(ValueError, match=message):
+        pixels(autoencoder=settings)
