@@ -3,9 +3,10 @@
 
     accelerate launch examples/train.py --train_data_dir data/emoji --output_dir out/mar --tokenizer out/tokenizer
 
-While it runs, `output_dir` holds a pipeline with the averaged weights that `MARPipeline.from_pretrained` loads, `samples/`
-one grid of pictures every `validation_steps` (a row for each class), and the loss as `loss.csv` and `loss.png`. The
-recipe is that of arXiv:2406.11838, appendix B; the sampler starts at `max_timestep`, so that young models make pictures.
+While it runs, `output_dir` holds a pipeline with the averaged weights that `MARPipeline.from_pretrained` loads,
+`samples/` one grid of pictures every `validation_steps` (a row for each class), and the loss as `loss.csv` and
+`loss.png`. The recipe is that of arXiv:2406.11838, appendix B; the sampler starts at `max_timestep`, so that young
+models make pictures.
 """
 
 import csv
@@ -170,8 +171,8 @@ def validate(args: Arguments, pipe: MARPipeline, step: int, num_params: int) -> 
     grid.save(folder / "samples" / f"step_{step:06d}.png")
 
     description = (
-        f"A masked autoregressive model over continuous tokens (MAR, arXiv:2406.11838), {num_params / 1e6:.1f} million "
-        f"parameters, trained with `examples/train.py` for {step} steps of batch {args.train_batch_size} at "
+        f"A masked autoregressive model over continuous tokens (MAR, arXiv:2406.11838), {num_params / 1e6:.1f} "
+        f"million parameters, trained with `examples/train.py` for {step} steps of batch {args.train_batch_size} at "
         f"{args.resolution} x {args.resolution} pixels.\n\n![samples](samples.png)"
     )
     with atomic_folder(folder / "pipeline", overwrite=True) as target:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a small image tokenizer on a folder of pictures.
 
-    accelerate launch examples/train_tokenizer.py --train_data_dir data/emoji --output_dir out/tokenizer --resolution 32
+    accelerate launch examples/train_tokenizer.py --train_data_dir data/emoji --output_dir out/tokenizer
 
-The autoencoder is one of diffusers' own: `kl` (AutoencoderKL, whose encoder predicts its posterior's deviation) or `dc`
-(AutoencoderDC with residual blocks only, no layer at full resolution, several times quicker on a CPU; its posterior has
-the fixed deviation `latent_noise`). The loss is the mean absolute error + the mean squared error + `kl_weight` times the
-mean divergence of the posterior from N(0, 1) per latent number. At the end the latents' mean and deviation are measured
-per channel over the data, so that tokens have zero mean and unit variance, and an `ImageTokenizer` is written, with its
-PSNR and a grid of reconstructions.
+The autoencoder is one of diffusers': `kl` (AutoencoderKL, whose encoder predicts its posterior's deviation) or `dc`
+(AutoencoderDC with residual blocks only, no layer at full resolution, several times quicker on a CPU; its posterior
+has the fixed deviation `latent_noise`). The loss is the mean absolute error + the mean squared error + `kl_weight`
+times the mean divergence of the posterior from N(0, 1) per latent number. At the end the latents' mean and deviation
+are measured per channel over the data, so that tokens have zero mean and unit variance, and an `ImageTokenizer` is
+written, with its PSNR and a grid of reconstructions.
 """
 
 import pathlib
@@ -92,14 +92,30 @@ def build_autoencoder(args: Arguments) -> AutoencoderKL | AutoencoderDC:
     )
 
 
-def encode(
-    vae: AutoencoderKL | AutoencoderDC, pictures: torch.Tensor, noise: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of the posterior, both (B, c, H, W)."""
-    encoded = vae.encode(pictures)
-    if isinstance(vae, AutoencoderKL):
-        return encoded.latent_dist.mean, encoded.latent_dist.std
-    return encoded.latent, torch.full_like(encoded.latent, noise)
+class Reconstruction(torch.nn.Module):
+    """Encoding, a draw from the posterior and decoding as one `forward`, so that processes share their gradients.
+
+    Args:
+        vae (`AutoencoderKL` or `AutoencoderDC`): what is trained.
+        latent_noise (`float`): deviation of the posterior, where the encoder predicts none.
+    """
+
+    def __init__(self, vae: AutoencoderKL | AutoencoderDC, latent_noise: float):
+        super().__init__()
+        self.vae = vae
+        self.latent_noise = latent_noise
+
+    def forward(
+        self, pictures: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The pictures again, and mean and deviation of the posterior, both (B, c, H, W)."""
+        encoded = self.vae.encode(pictures)
+        if isinstance(self.vae, AutoencoderKL):
+            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        else:
+            mean, std = encoded.latent, torch.full_like(encoded.latent, self.latent_noise)
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        return self.vae.decode(mean + std * noise).sample, mean, std
 
 
 @torch.no_grad()
@@ -127,19 +143,17 @@ def main(args: Arguments) -> None:
         num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
         num_training_steps=args.max_train_steps * accelerator.num_processes,
     )
-    vae, optimizer, loader, scheduler = accelerator.prepare(vae, optimizer, loader, scheduler)
-    unwrapped = accelerator.unwrap_model(vae)
-    ema = EMAModel(unwrapped.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+    model, optimizer, loader, scheduler = accelerator.prepare(
+        Reconstruction(vae, args.latent_noise), optimizer, loader, scheduler
+    )
+    ema = EMAModel(vae.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
 
     step = 0
     progress = tqdm(total=args.max_train_steps, disable=not accelerator.is_main_process)
     while step < args.max_train_steps:
         for batch in loader:
             pictures = augment(batch["pixel_values"], generator, args.random_flip, args.random_shift)
-            with accelerator.autocast():
-                mean, std = encode(unwrapped, pictures, args.latent_noise)
-                noise = torch.randn(mean.shape, generator=generator).to(mean)
-                restored = unwrapped.decode(mean + std * noise).sample.float()
+            restored, mean, std = model(pictures, generator)
             error = restored - pictures
             divergence = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
             loss = error.abs().mean() + error.square().mean() + args.kl_weight * divergence
@@ -148,7 +162,7 @@ def main(args: Arguments) -> None:
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            ema.step(unwrapped.parameters())
+            ema.step(vae.parameters())
             step += 1
             progress.update(1)
             if step % 20 == 0:
@@ -161,8 +175,8 @@ def main(args: Arguments) -> None:
                 break
 
     if accelerator.is_main_process:
-        ema.copy_to(unwrapped.parameters())
-        save(args, unwrapped.eval(), dataset, accelerator.device)
+        ema.copy_to(vae.parameters())
+        save(args, vae.eval(), dataset, accelerator.device)
     accelerator.end_training()
 
 
