@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image generation with autoregressive models over continuous tokens.
 
-Importing the package registers its classes with diffusers and with the Auto classes of transformers, so that checkpoints
-that name them load from a folder and from the hub.
+Importing the package registers its classes with diffusers and with the Auto classes of transformers, so that
+checkpoints that name them load from a folder and from the hub.
 """
 
 import pathlib

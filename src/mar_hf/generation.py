@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tokens appear when: orders, tokens per step, guidance, head steps, training masks. Pure functions and tables.
 
-Every schedule returns the whole list, one entry per autoregressive step. A new one is a function and a line in its table.
+Every schedule returns the whole list, one entry per autoregressive step. A new one is a function and a line in its
+table.
 """
 
 import math
@@ -39,7 +40,7 @@ def raster_order(num_tokens: int, generator: torch.Generator | None = None) -> t
 
 
 def cosine_tokens_per_step(num_tokens: int, num_inference_steps: int) -> list[int]:
-    """Few tokens first, many last: after step k, floor(L cos(pi/2 (k+1)/K)) tokens are left (MaskGIT, arXiv:2202.04200).
+    """Few tokens first, many last: after step k, floor(L cos(pi/2 (k+1)/K)) are left (arXiv:2202.04200).
 
     At least one token is generated in every step and one is left for the last, as in the original code of MAR.
 
@@ -161,8 +162,8 @@ def sample_mask(
         generator (`torch.Generator`, *optional*): the source of randomness; None means torch's global one.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, num_tokens)`: bool, True = masked, on the generator's device; every row has
-        ceil(L * ratio) of them.
+        `torch.Tensor` of shape `(batch_size, num_tokens)`: bool, True = masked, on the generator's device; every row
+        has ceil(L * ratio) of them.
     """
     device = "cpu" if generator is None else generator.device
     ends = torch.tensor([(ratio_min - ratio_mean) / ratio_std, (1 - ratio_mean) / ratio_std], dtype=torch.float64)

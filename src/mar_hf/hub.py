@@ -15,7 +15,8 @@ def build_model_card(
 
     Args:
         repo_id (`str`): hub id or folder, as written in the snippet.
-        description (`str`, *optional*, defaults to `""`): what the model was trained on, how, and its limits; Markdown.
+        description (`str`, *optional*, defaults to `""`): what the model was trained on, how, and its limits;
+            Markdown.
         license (`str`, *optional*): the licence's identifier on the hub.
         class_names (`list[str]`, *optional*): names of the classes, listed in the card where there are at most 100.
         example_class (`int` or `str`, *optional*, defaults to 0): the class in the snippet; None: unconditional.

@@ -140,8 +140,8 @@ class DiffusionHead(TokenHead):
             raise ValueError(f"{name} does not fit the diffusion head: it has no `alphas_cumprod`.")
         if isinstance(scheduler, DDPMScheduler) and str(config.variance_type).startswith("learned"):
             raise ValueError(
-                f"{name} with `variance_type` {config.variance_type!r} does not fit tokens; keep TokenDDPMScheduler or "
-                "set variance_type='fixed_small'."
+                f"{name} with `variance_type` {config.variance_type!r} does not fit tokens; keep TokenDDPMScheduler "
+                "or set variance_type='fixed_small'."
             )
         if temperature != 1.0:
             raise ValueError(f"`temperature` has to be 1.0 with {name}, got {temperature}: it has no temperature.")
@@ -162,11 +162,11 @@ class DiffusionHead(TokenHead):
         Args:
             condition (`torch.Tensor` of shape `(batch, num_tokens, condition_dim)`): the backbone's output.
             target (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the true tokens.
-            mask (`torch.Tensor` of shape `(batch, num_tokens)`): bool, True for tokens that count; only these go through
-                the network.
+            mask (`torch.Tensor` of shape `(batch, num_tokens)`): bool, True for tokens that count; only these go
+                through the network.
             scheduler ([`TokenDDPMScheduler`]): the noise schedule.
-            timesteps (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens,)`, *optional*): int64, whole batch
-                after whole batch; drawn uniformly where not given.
+            timesteps (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens,)`, *optional*): int64, whole
+                batch after whole batch; drawn uniformly where not given.
             noise (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens, token_dim)`, *optional*): likewise.
             generator (`torch.Generator`, *optional*): for what is drawn; None means torch's global one.
 
@@ -216,8 +216,8 @@ class DiffusionHead(TokenHead):
     ) -> torch.Tensor:
         """Sample tokens by reverse diffusion.
 
-        Guidance is `uncond + guidance_scale * (cond - uncond)` on epsilon; the variance is the conditional one. Only the
-        conditional state is kept, which equals the original's two copies.
+        Guidance is `uncond + guidance_scale * (cond - uncond)` on epsilon; the variance is the conditional one. Only
+        the conditional state is kept, which equals the original's two copies.
 
         Args:
             condition (`torch.Tensor` of shape `(batch, num_tokens, condition_dim)`): the backbone's output at the
@@ -227,8 +227,8 @@ class DiffusionHead(TokenHead):
             scheduler (`SchedulerMixin`): [`TokenDDPMScheduler`], or a diffusers scheduler that predicts epsilon.
             num_steps (`int`): sampler steps.
             temperature (`float`, *optional*, defaults to 1.0): multiplies the injected noise, not the start.
-            noise (`torch.Tensor` of shape `(batch, num_tokens, steps + 1, token_dim)`, *optional*): entry 0 is the start,
-                entry 1 + s is injected at step s (by TokenDDPMScheduler only); at least `num_steps + 1` entries.
+            noise (`torch.Tensor` of shape `(batch, num_tokens, steps + 1, token_dim)`, *optional*): entry 0 is the
+                start, entry 1 + s is injected at step s (by TokenDDPMScheduler only); at least `num_steps + 1`.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the noise, where none is given.
 
         Returns:

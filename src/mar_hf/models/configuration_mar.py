@@ -56,15 +56,16 @@ class MARConfig(PreTrainedConfig):
         mlp_ratio (`float`, *optional*, defaults to 4.0): width of the blocks' MLP over their own.
         attention_dropout (`float`, *optional*, defaults to 0.1): dropout of attention probabilities.
         hidden_dropout (`float`, *optional*, defaults to 0.1): dropout after the attention's projection and in the MLP.
-        class_dropout_prob (`float`, *optional*, defaults to 0.1): share of labels replaced by the null class in training.
+        class_dropout_prob (`float`, *optional*, defaults to 0.1): share of labels replaced by the null class in
+            training.
         layer_norm_eps (`float`, *optional*, defaults to 1e-06): of every layer norm.
         initializer_range (`float`, *optional*, defaults to 0.02): deviation of embeddings at initialisation.
         mask_ratio_min (`float`, *optional*, defaults to 0.7): least share of masked tokens in training.
         mask_ratio_mean (`float`, *optional*, defaults to 1.0): mean of the masking ratio before truncation.
         mask_ratio_std (`float`, *optional*, defaults to 0.25): deviation of the masking ratio before truncation.
         head_type (`str`, *optional*, defaults to `"diffusion"`): a name in `TOKEN_HEADS`.
-        head_config (`dict`, *optional*): the head's own settings, such as `num_layers` and `hidden_size`; defaults to
-            6 layers of 1024.
+        head_config (`dict`, *optional*, defaults to `{"num_layers": 6, "hidden_size": 1024}`): the head's
+            own settings.
         head_batch_multiplier (`int`, *optional*, defaults to 4): draws of the head's noise per token in training.
 
     Raises:

@@ -180,10 +180,10 @@ class MARPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
 
 
 class MARModel(MARPreTrainedModel):
-    """The masked encoder-decoder of MAR (arXiv:2406.11838, section 4.1): tokens and a mask in, a condition for each out.
+    """The masked encoder-decoder of MAR (arXiv:2406.11838): tokens and a mask in, a condition for each out.
 
-    The encoder sees class tokens and visible tokens; the decoder sees class tokens and all positions, with a mask token
-    where nothing is known yet. The null class is the last row of the class embedding.
+    The encoder sees class tokens and visible tokens; the decoder sees class tokens and all positions, with a mask
+    token where nothing is known yet. The null class is the last row of the class embedding.
 
     Args:
         config ([`MARConfig`]): see there.
@@ -230,11 +230,13 @@ class MARModel(MARPreTrainedModel):
 
         Args:
             tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the tokens; masked ones are not read.
-            mask (`torch.Tensor` of shape `(batch, num_tokens)`): bool, True = still to be generated; as many in every row.
+            mask (`torch.Tensor` of shape `(batch, num_tokens)`): bool, True = still to be generated; as many in every
+                row.
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None means the null class.
-            num_masked (`int`, *optional*): masked tokens in a row, where the caller knows it: saves counting them, which
-                waits for the device.
-            generator (`torch.Generator`, *optional*): for the class dropout of training; None means torch's global one.
+            num_masked (`int`, *optional*): masked tokens in a row, where the caller knows it: saves counting them,
+                which waits for the device.
+            generator (`torch.Generator`, *optional*): for the class dropout of training; None means torch's global
+                one.
             return_dict (`bool`, *optional*): False gives a tuple.
 
         Returns:
@@ -355,9 +357,10 @@ class MARForImageGeneration(MARPreTrainedModel):
                 training mode where not given.
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None means the null class.
             noise_scheduler ([`TokenDDPMScheduler`], *optional*): the noise schedule of the loss.
-            timesteps (`torch.Tensor` of shape `(head_batch_multiplier * batch * num_tokens,)`, *optional*): of the loss.
-            noise (`torch.Tensor` of shape `(head_batch_multiplier * batch * num_tokens, token_dim)`, *optional*): of the
+            timesteps (`torch.Tensor` of shape `(head_batch_multiplier * batch * num_tokens,)`, *optional*): of the
                 loss.
+            noise (`torch.Tensor` of shape `(head_batch_multiplier * batch * num_tokens, token_dim)`, *optional*): of
+                the loss.
             num_masked (`int`, *optional*): masked tokens in a row, where the caller knows it.
             generator (`torch.Generator`, *optional*): for what is drawn; None means torch's global one.
             return_dict (`bool`, *optional*): False gives a tuple.

@@ -13,7 +13,8 @@ class BackboneOutput(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): the head's loss, float32, where a noise scheduler was given.
-        condition (`torch.Tensor` of shape `(batch, num_tokens, hidden_size)`): what the head needs to sample each token.
+        condition (`torch.Tensor` of shape `(batch, num_tokens, hidden_size)`): what the head needs to sample each
+            token.
         encoder_last_hidden_state (`torch.Tensor` of shape `(batch, num_class_tokens + num_visible, hidden_size)`,
             *optional*): the encoder's output, class tokens first, then visible tokens in raster order.
     """

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pipeline: which tokens next, until the picture is whole."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -173,6 +174,9 @@ class MARPipeline(DiffusionPipeline):
         if not isinstance(head_steps, int) or not 1 <= head_steps <= self.scheduler.config.num_train_timesteps:
             limit = self.scheduler.config.num_train_timesteps
             raise ValueError(f"`num_diffusion_steps` has to lie in 1..{limit}, got {head_steps}.")
+        for name in ("guidance_scale", "temperature"):
+            if not isinstance(settings[name], (int, float)) or not math.isfinite(settings[name]):
+                raise ValueError(f"`{name}` has to be a finite number, got {settings[name]!r}.")
         if settings["temperature"] < 0:
             raise ValueError(f"`temperature` has to be at least 0, got {settings['temperature']}.")
         look_up(TOKEN_SCHEDULES, settings["token_schedule"], "token_schedule")
@@ -188,8 +192,9 @@ class MARPipeline(DiffusionPipeline):
                 f"`generator` has to hold one generator per picture ({len(labels)}), got {len(generator)}."
             )
         shape = (len(labels), config.num_tokens, head_steps + 1, config.token_dim)
-        if noise is not None and noise.shape != shape:
-            raise ValueError(f"`noise` has to be of shape {shape}, got {tuple(noise.shape)}.")
+        if noise is not None and (not isinstance(noise, torch.Tensor) or noise.shape != shape):
+            got = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
+            raise ValueError(f"`noise` has to be a tensor of shape {shape}, got {got}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` has to be pil, np, pt or latent, got {output_type!r}.")
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):

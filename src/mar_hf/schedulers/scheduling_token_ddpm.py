@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 def cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> torch.Tensor:
-    """Betas whose cumulative product of 1 - beta follows a squared cosine (Nichol and Dhariwal, arXiv:2102.09672, eq. 17).
+    """Betas whose cumulative product of 1 - beta follows a squared cosine (arXiv:2102.09672, eq. 17).
 
     Args:
         num_train_timesteps (`int`): number of betas.
@@ -34,9 +34,9 @@ def cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> torch.Ten
 def respaced_timesteps(num_train_timesteps: int, num_inference_steps: int, max_timestep: int) -> list[int]:
     """The training timesteps that sampling with fewer steps visits, ascending.
 
-    Steps of equal length from 0 to the last timestep, rounded half to even after accumulating them, as the original does
-    it; rounding `linspace` instead gives other steps for 278 of the 1000 counts. Steps beyond `max_timestep` become that
-    one step (DiSA, arXiv:2505.20297).
+    Steps of equal length from 0 to the last timestep, rounded half to even after accumulating them, as the original
+    does it; rounding `linspace` instead gives other steps for 278 of the 1000 counts. Steps beyond `max_timestep`
+    become that one step (DiSA, arXiv:2505.20297).
 
     Args:
         num_train_timesteps (`int`): length of the training chain.
@@ -72,9 +72,9 @@ class TokenDDPMSchedulerOutput(BaseOutput):
 class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
     """The sampler and the training loss of MAR's token head (arXiv:2406.11838, section 3.2; arXiv:2102.09672).
 
-    Tables are float64 on the CPU, one per training step and one per respaced step; the network always sees the original
-    timesteps. Other diffusers schedulers replace this one with `X.from_config(pipe.scheduler.config)`; for them the
-    configuration also holds `clip_sample` and `timestep_spacing`, which this scheduler does not read.
+    Tables are float64 on the CPU, one per training step and one per respaced step; the network always sees the
+    original timesteps. Other diffusers schedulers replace this one with `X.from_config(pipe.scheduler.config)`; for
+    them the configuration also holds `clip_sample` and `timestep_spacing`, which this scheduler does not read.
 
     Args:
         num_train_timesteps (`int`, *optional*, defaults to 1000): length of the training chain.
@@ -84,9 +84,10 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
             schedule leaves a signal of 2.4e-9 at t = 999, so that any error of a young or half-precision network is
             multiplied by hundreds in the first update; 950 avoids it.
         prediction_type (`str`, *optional*, defaults to `"epsilon"`): the only one: the network predicts the noise.
-        variance_type (`str`, *optional*, defaults to `"learned_range"`): the only one: the network interpolates, in the
-            log domain, between beta and the posterior variance.
-        clip_sample (`bool`, *optional*, defaults to `False`): for schedulers that replace this one: tokens are unbounded.
+        variance_type (`str`, *optional*, defaults to `"learned_range"`): the only one: the network interpolates, in
+            the log domain, between beta and the posterior variance.
+        clip_sample (`bool`, *optional*, defaults to `False`): for schedulers that replace this one: tokens are
+            unbounded.
         timestep_spacing (`str`, *optional*, defaults to `"leading"`): for schedulers that replace this one: keeps them
             off the last timesteps.
 
@@ -249,9 +250,9 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The two terms of the original's loss, whose sum is minimised.
 
-        The first is the squared error of epsilon; the second the variational bound in bits, which trains the variance only,
-        since epsilon is detached in it (arXiv:2102.09672, section 3.1). At t = 0 the bound is the likelihood of a
-        discretised Gaussian with bins 2/255 wide and open ends beyond +-0.999, as for pixels.
+        The first is the squared error of epsilon; the second the variational bound in bits, which trains the variance
+        only, since epsilon is detached in it (arXiv:2102.09672, section 3.1). At t = 0 the bound is the likelihood of
+        a discretised Gaussian with bins 2/255 wide and open ends beyond +-0.999, as for pixels.
 
         Args:
             model_output (`torch.Tensor` of shape `(rows, 2 * token_dim)`): epsilon, then the variance logits.

@@ -19,8 +19,8 @@ class ImageTokenizerConfig(PreTrainedConfig):
         normalizer (`str`, *optional*, defaults to `"affine"`): `"affine"`: latents = (z - shift_factor) *
             scaling_factor; `"token_layer_norm"`: the same, then layer norm without weights over each token (not
             undone by decoding).
-        shift_factor (`float` or `list[float]`, *optional*, defaults to 0.0): subtracted from the autoencoder's latents,
-            for all channels or per channel.
+        shift_factor (`float` or `list[float]`, *optional*, defaults to 0.0): subtracted from the autoencoder's
+            latents, for all channels or per channel.
         scaling_factor (`float` or `list[float]`, *optional*, defaults to 1.0): multiplies the shifted latents, for all
             channels or per channel, so that they have about unit standard deviation.
 

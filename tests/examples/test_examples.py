@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The example scripts and the benchmark, run as their users run them, with two steps and a tiny model.
+
+The training commands are those of the README, with settings behind them that make them small.
+"""
+
+import csv
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mar_hf import ImageTokenizer, MARPipeline
+from snippets import ROOT, commands
+
+
+pytestmark = pytest.mark.slow
+
+CLASSES = ["clock", "face", "heart"]
+PER_CLASS = 4
+SIZE = 16
+TWO_STEPS = ["--resolution", str(SIZE), "--train_batch_size", "4", "--max_train_steps", "2"]
+SMALL_MODEL = [
+    *("--hidden_size", "16", "--num_encoder_layers", "1", "--num_decoder_layers", "1", "--num_attention_heads", "2"),
+    *("--num_class_tokens", "2", "--head_num_layers", "1", "--head_hidden_size", "16", "--validation_images", "2"),
+    *("--num_inference_steps", "2", "--num_diffusion_steps", "2"),
+]
+# Script -> what makes the README's command small. The last of two equal options counts.
+SMALL = {
+    "prepare_emoji.py": ["--npz", "emoji.npz", "--size", str(SIZE), "--classes", *CLASSES],
+    "train_tokenizer.py": [
+        *TWO_STEPS,
+        *("--block_out_channels", "8", "16", "--layers_per_block", "0", "1", "--latent_channels", "4"),
+    ],
+    "train.py": [*TWO_STEPS, *SMALL_MODEL],
+}
+PROGRAMS = {
+    "python": [sys.executable],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
+}
+
+
+def run(words, cwd, fails=False):
+    """Run a command on the CPU and return its output; one that `fails` has to, and its errors are returned."""
+    settings = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
+    words = [*PROGRAMS.get(words[0], words[:1]), *map(str, words[1:])]
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env={**os.environ, **settings})
+    assert (done.returncode != 0) == fails, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stderr if fails else done.stdout
+
+
+def readme_command(script):
+    """The README's command that runs a script, made small."""
+    found = [words for words in commands(ROOT / "README.md") if any(word.endswith(f"/{script}") for word in words)]
+    assert len(found) == 1, f"the README should run {script} once, it does {len(found)} times"
+    return [*found[0], *SMALL[script]]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder in which the README's commands run: beside the examples, with a few emoji instead of the real ones."""
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    names = [*CLASSES, "vehicle"]
+    count = PER_CLASS * len(names) + 1
+    pictures = np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+    labels = [index for index in range(len(names)) for _ in range(PER_CLASS)] + [0]
+    np.savez(
+        folder / "emoji.npz",
+        image=pictures,
+        label=labels,
+        classes=names,
+        code=[f"1F{number:03X}" for number in range(count)],
+        toned=[False] * (count - 1) + [True],
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def emoji(workplace):
+    """The folder of pictures of `prepare_emoji.py`."""
+    command = readme_command("prepare_emoji.py")
+    out = run(command, workplace)
+    assert out.startswith(f"{PER_CLASS * len(CLASSES)} pictures in ")
+    return workplace / command[2]
+
+
+@pytest.fixture(scope="module")
+def trained(workplace, emoji):
+    """What the README's training commands wrote, and what they printed: (tokenizer, model, output)."""
+    folders, out = [], ""
+    for script in ("train_tokenizer.py", "train.py"):
+        command = readme_command(script)
+        assert command[command.index("--train_data_dir") + 1] == str(emoji.relative_to(workplace))
+        out += run(command, workplace)
+        folders.append(workplace / command[command.index("--output_dir") + 1])
+    return (*folders, out)
+
+
+def is_picture(image):
+    return image.mode == "RGB" and image.size == (SIZE, SIZE)
+
+
+def last_line(text):
+    return text.strip().splitlines()[-1]
+
+
+def test_prepare_emoji_writes_a_folder_a_class(emoji):
+    assert sorted(path.name for path in (emoji / "train").iterdir()) == CLASSES
+    pictures = [Image.open(path) for path in sorted((emoji / "train").rglob("*.png"))]
+    assert len(pictures) == PER_CLASS * len(CLASSES)
+    assert all(is_picture(picture) for picture in pictures)
+
+
+def test_prepare_emoji_keeps_skin_tones_where_asked(workplace):
+    words = ["python", "examples/prepare_emoji.py", "tones", "--npz", "emoji.npz", "--skin-tones"]
+    assert run(words, workplace).startswith(f"{PER_CLASS * 4 + 1} pictures in ")
+
+
+def test_train_tokenizer_writes_a_measured_tokenizer(trained, emoji):
+    folder, _, out = trained
+    tokenizer = ImageTokenizer.from_pretrained(folder)
+    assert type(tokenizer.autoencoder).__name__ == "AutoencoderDC"
+    assert (tokenizer.stride, tokenizer.token_dim) == (2, 4)
+    paths = sorted((emoji / "train").rglob("*.png"))
+    pictures = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in paths])
+    with torch.no_grad():
+        latents = tokenizer.encode(pictures.float() / 127.5 - 1).latents.transpose(0, 1).flatten(1)
+    # Its statistics are those of these pictures.
+    assert latents.mean(1).abs().max() < 0.02 and (latents.std(1) - 1).abs().max() < 0.02
+    assert f"over {len(paths)} training pictures" in out
+    assert Image.open(folder / "grid.png").height == 2 * 96
+
+
+def test_train_writes_a_pipeline_that_makes_pictures(trained):
+    _, folder, _ = trained
+    pipe = MARPipeline.from_pretrained(folder / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.labels == {name: number for number, name in enumerate(CLASSES)}
+    assert pipe.scheduler.config.max_timestep == 950
+    assert pipe.generation_defaults["num_inference_steps"] == 2
+    generator = torch.Generator().manual_seed(0)
+    images = pipe(class_labels=["heart", "clock"], generator=generator).images
+    assert len(images) == 2 and all(is_picture(image) for image in images)
+    assert np.asarray(images[0]).std() > 0
+
+
+def test_train_shows_samples_and_the_loss(trained):
+    _, folder, _ = trained
+    assert [path.name for path in (folder / "samples").iterdir()] == ["step_000002.png"]
+    grid = Image.open(folder / "samples" / "step_000002.png")
+    assert grid.size == (2 * 64, len(CLASSES) * 64)
+    with open(folder / "loss.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["2"] and math.isfinite(float(rows[0]["loss"]))
+    assert Image.open(folder / "loss.png").format == "PNG"
+    card = (folder / "pipeline" / "README.md").read_text(encoding="utf-8")
+    assert f"{SIZE} x {SIZE} pixels" in card and all(name in card for name in CLASSES)
+
+
+def test_the_command_line_draws_what_training_wrote(trained, tmp_path):
+    _, folder, _ = trained
+    words = [sys.executable, "-m", "mar_hf.cli", "generate", folder / "pipeline", "--num-images-per-class", "1"]
+    assert "3 pictures in " in run([*words, "--output-dir", "pictures"], tmp_path)
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
+
+
+def test_train_on_pixels_without_classes(workplace, emoji, tmp_path):
+    # With every switch that changes the loop.
+    words = ["python", "examples/train.py", "--train_data_dir", emoji / "train" / "face", "--output_dir", tmp_path]
+    switches = ["--random_flip", "--random_shift", "1", "--gradient_accumulation_steps", "2"]
+    switches += ["--gradient_checkpointing", "--mixed_precision", "bf16", "--patch_size", "2"]
+    run([*words, *TWO_STEPS, *SMALL_MODEL, *switches], workplace)
+    pipe = MARPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.labels == {} and pipe.vae.autoencoder is None
+    pictures = np.stack([np.asarray(Image.open(path)) for path in sorted((emoji / "train" / "face").glob("*.png"))])
+    pixels = pictures.reshape(-1, 3) / 127.5 - 1
+    assert np.allclose(pipe.vae.config.shift_factor, pixels.mean(0), atol=1e-3)
+    assert np.allclose(pipe.vae.config.scaling_factor, 1 / pixels.std(0), rtol=1e-2)
+    assert is_picture(pipe(generator=torch.Generator().manual_seed(0)).images[0])
+
+
+def test_train_tokenizer_with_a_variational_autoencoder(workplace, emoji, tmp_path):
+    words = ["python", "examples/train_tokenizer.py", "--train_data_dir", emoji, "--output_dir", tmp_path / "kl"]
+    out = run([*words, *TWO_STEPS, "--block_out_channels", "16", "16", "--latent_channels", "4"], workplace)
+    tokenizer = ImageTokenizer.from_pretrained(tmp_path / "kl")
+    assert type(tokenizer.autoencoder).__name__ == "AutoencoderKL"
+    assert last_line(out).startswith("PSNR ")
+
+
+def test_train_refuses_too_few_pictures(workplace, emoji, tmp_path):
+    words = ["python", "examples/train.py", "--train_data_dir", emoji, "--output_dir", tmp_path / "out"]
+    error = last_line(run([*words, "--train_batch_size", "13"], workplace, fails=True))
+    assert error == "ValueError: 12 pictures are fewer than `train_batch_size` 13."
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_benchmark_measures_every_part(trained, tmp_path):
+    _, folder, _ = trained
+    words = ["python", ROOT / "benchmarks" / "benchmark_generation.py", "--model", folder / "pipeline"]
+    settings = ["--batch-size", "2", "--num-diffusion-steps", "3", "--dtype", "bfloat16", "--device", "cpu"]
+    file = tmp_path / "results.jsonl"
+    file.write_text("before\n", encoding="utf-8")
+    out = run([*words, *settings, "--repeats", "3", "--output", file], tmp_path)
+    for part in ("backbone", "head", "decoding", "other", "total"):
+        assert out.count(f"| {part} | ") == 1
+    before, line = file.read_text(encoding="utf-8").splitlines()
+    assert before == "before"
+    result = json.loads(line)
+    assert result["settings"]["num_inference_steps"] == 2 and result["settings"]["num_diffusion_steps"] == 3
+    assert (result["batch_size"], result["dtype"], result["image_size"]) == (2, "bfloat16", [SIZE, SIZE])
+    assert result["versions"]["torch"] == torch.__version__
+    seconds = result["seconds_per_image"]
+    total = seconds.pop("total")
+    assert all(value > 0 for value in seconds.values())
+    assert math.isclose(sum(seconds.values()), total)
+    assert len(result["seconds_per_call"]) == 3
+    assert math.isclose(sorted(result["seconds_per_call"])[1] / 2, total)
+    assert result["peak_memory_mb"]["host"] > 50
+
+
+def test_the_benchmark_refuses_no_repeats():
+    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "benchmarks" / "benchmark_generation.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    with pytest.raises(ValueError, match=r"`--repeats` has to be at least 1, got 0\."):
+        benchmark.main(["--repeats", "0"])
