@@ -370,6 +370,28 @@ def test_each_dropout_acts(name, attention):
 
 
 @torch.no_grad()
+def test_dropout_acts_after_the_attention_in_the_mlp_and_after_it():
+    layer, seen = tiny_model(**{**NO_DROPOUT, "hidden_dropout": 0.5}, hidden_size=128).model.decoder_layers[0], []
+    layer.train()
+    layer.mlp.fc2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    hidden_states = torch.randn(4, 10, 128, generator=seeded(1))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer(hidden_states)
+        assert 0.4 < (seen[0] == 0).float().mean() < 0.6
+        # With weights of 0 a half of the block adds its bias alone, kept and doubled, or dropped.
+        halves = (layer.attention.proj, layer.mlp.fc2)
+        for linear in halves:
+            linear.weight.zero_()
+        for ours, other in (halves, halves[::-1]):
+            ours.bias.fill_(1)
+            other.bias.zero_()
+            added = layer(torch.zeros_like(hidden_states))
+            assert added.unique().tolist() == [0, 2] and 0.4 < (added == 0).float().mean() < 0.6
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 def test_class_dropout_drops_its_share(share):
     model = tiny_model(**{**NO_DROPOUT, "class_dropout_prob": share}, grid_height=1, grid_width=2)

@@ -393,6 +393,17 @@ def test_without_defaults_of_its_own_a_pipeline_has_the_papers():
     assert tiny_pipeline(generation_defaults=None).generation_defaults["num_inference_steps"] == TOKENS
 
 
+def test_a_saved_temperature_does_not_count_with_schedulers_that_have_none():
+    plain, saved = tiny_pipeline(), tiny_pipeline(generation_defaults={**FEW_STEPS, "temperature": 0.5})
+    for each in (plain, saved):
+        each.scheduler = DDIMScheduler.from_config(each.scheduler.config)
+    assert saved.generation_defaults["temperature"] == 1.0
+    settings = {**FEW_STEPS, "generator": seeds(0)}
+    assert torch.equal(latents(saved, **settings), latents(plain, **{**settings, "generator": seeds(0)}))
+    with pytest.raises(ValueError, match="temperature"):
+        latents(saved, temperature=0.5)
+
+
 # Callbacks
 
 

@@ -20,6 +20,7 @@ from ..generation import (
 )
 from ..hub import build_model_card
 from ..models import MARForImageGeneration
+from ..schedulers import TokenDDPMScheduler
 from ..tokenizers import ImageTokenizer
 
 
@@ -109,9 +110,13 @@ class MARPipeline(DiffusionPipeline):
 
     @property
     def generation_defaults(self) -> dict[str, Any]:
-        """What `__call__` uses where an argument is None; without saved ones, at most one step per token."""
+        """What `__call__` uses where an argument is None; without saved ones, at most one step per token.
+
+        A saved temperature is [`TokenDDPMScheduler`]'s: with another scheduler, which has none, the default is 1.0.
+        """
         steps = min(GENERATION_DEFAULTS["num_inference_steps"], self.transformer.config.num_tokens)
-        return {**GENERATION_DEFAULTS, "num_inference_steps": steps, **(self.config.generation_defaults or {})}
+        defaults = {**GENERATION_DEFAULTS, "num_inference_steps": steps, **(self.config.generation_defaults or {})}
+        return defaults if isinstance(self.scheduler, TokenDDPMScheduler) else {**defaults, "temperature": 1.0}
 
     @property
     def guidance_scale(self) -> float:
