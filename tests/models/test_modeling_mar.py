@@ -539,10 +539,11 @@ def test_device_maps(device_map, saved):
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:The following device_map keys")  # accelerate's, about direct parameters
-def test_what_does_not_fit_goes_to_disk(saved, tmp_path):
+@pytest.mark.parametrize("memory", [150_000, 260_000])
+def test_what_does_not_fit_goes_to_disk(memory, saved, tmp_path):
     model, folder = saved
     loaded = MARForImageGeneration.from_pretrained(
-        folder, device_map="auto", max_memory={"cpu": 200_000}, offload_folder=tmp_path
+        folder, device_map="auto", max_memory={"cpu": memory}, offload_folder=tmp_path
     )
     places = loaded.hf_device_map
     assert set(places.values()) == {"cpu", "disk"} and loaded.head.out_proj.weight.is_meta
