@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the training scripts share: settings from a file, order and randomness of examples, checkpoints, curves."""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import TypeVar
+
+import matplotlib.pyplot as plt
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from torch.utils.data import Dataset, Sampler
+from transformers import HfArgumentParser
+
+
+logger = get_logger(__name__)
+
+Settings = TypeVar("Settings")
+MANIFEST = "manifest.json"
+
+
+def parse_arguments(cls: type[Settings], argv: Sequence[str] | None = None) -> Settings:
+    """Settings from a file and the command line, which has the last word.
+
+    Args:
+        cls (`type`): a dataclass of settings.
+        argv (`Sequence[str]`, *optional*): words of the command line; None takes the program's own. `--config FILE`
+            names a JSON or YAML file of settings; objects in it are handed on as JSON.
+
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        ValueError: if the file can't be read as settings or holds unknown ones.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    source = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    source.add_argument("--config", metavar="FILE", help="JSON or YAML file; the command line overrides it")
+    path, words = source.parse_known_args(argv)
+    parser = HfArgumentParser(cls, parents=[source], allow_abbrev=False)
+    if path.config is not None:
+        words = [*_words_of_file(path.config, {field.name for field in dataclasses.fields(cls)}), *words]
+    return parser.parse_args_into_dataclasses(words)[0]
+
+
+def _words_of_file(path: str, known: set[str]) -> list[str]:
+    try:
+        # Every JSON file is a YAML file, but for numbers as 1e-4, which YAML 1.1 takes for strings.
+        load = json.load if path.endswith(".json") else yaml.safe_load
+        with open(path, encoding="utf-8") as file:
+            settings = load(file)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"`config` {path!r} can't be read: {error}") from error
+    if not isinstance(settings, dict) or not settings.keys() <= known:
+        wrong = sorted(settings.keys() - known) if isinstance(settings, dict) else type(settings).__name__
+        raise ValueError(f"`config` {path!r} holds unknown settings {wrong}; known are {sorted(known)}.")
+    words = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values)]
+    return words
+
+
+class TrainingBatches(Sampler):
+    """An endless stream of batches, each a list of (index, position).
+
+    All epochs, each a permutation that depends on the seed and its number only, are put end to end; *position* is a
+    place in this row. Global batches are consecutive pieces of it and every process takes its piece of each: nothing
+    is repeated or left out, at the end of an epoch neither, and where to go on is one number.
+
+    Args:
+        num_examples (`int`): examples of the data set.
+        batch_size (`int`): examples a batch and process.
+        seed (`int`): of the permutations.
+        rank (`int`, *optional*, defaults to 0): this process.
+        world_size (`int`, *optional*, defaults to 1): number of processes.
+        start (`int`, *optional*, defaults to 0): position of the first global batch.
+    """
+
+    def __init__(
+        self, num_examples: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0
+    ):
+        self.num_examples = num_examples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.start = start
+        self._permutations: dict[int, list[int]] = {}
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in count():
+            first = self.start + (batch * self.world_size + self.rank) * self.batch_size
+            positions = range(first, first + self.batch_size)
+            yield [(self.index_at(position), position) for position in positions]
+
+    def index_at(self, position: int) -> int:
+        """The example at a position.
+
+        Args:
+            position (`int`): from 0 on.
+
+        Returns:
+            `int`: an index into the data set.
+        """
+        epoch, place = divmod(position, self.num_examples)
+        if epoch not in self._permutations:
+            generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+            permutation = torch.randperm(self.num_examples, generator=generator).tolist()
+            # Two are kept: a batch may reach over the border.
+            self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1} | {epoch: permutation}
+        return self._permutations[epoch][place]
+
+
+class PositionedDataset(Dataset):
+    """Rows of a data set, asked for by (index, position), with the position beside them.
+
+    Args:
+        dataset (`torch.utils.data.Dataset` or `datasets.Dataset`): rows are dictionaries.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict]:
+        rows = self.dataset.__getitems__([index for index, _ in keys])
+        return [{**row, "position": position} for row, (_, position) in zip(rows, keys, strict=True)]
+
+
+def example_generators(
+    seed: int, positions: Sequence[int], device: torch.device | str = "cpu", stream: int = 0
+) -> list[torch.Generator]:
+    """A generator for each example: what is random about one depends on the seed and its position only.
+
+    Args:
+        seed (`int`): of the run.
+        positions (`Sequence[int]`): places in the row of all epochs.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): of the generators.
+        stream (`int`, *optional*, defaults to 0): generators of different streams are independent.
+
+    Returns:
+        `list[torch.Generator]`: one a position.
+    """
+    # A CPU generator takes 32 bits of its seed. Odd multipliers spread runs and streams over them.
+    base = seed * 0x9E3779B1 + stream * 0x85EBCA6B
+    return [torch.Generator(device).manual_seed((base + int(position)) % 2**32) for position in positions]
+
+
+def digests(folder: pathlib.Path) -> dict[str, str]:
+    """Digest of every file below a folder, by its relative path; the manifest itself is left out.
+
+    Args:
+        folder (`pathlib.Path`): an existing folder.
+
+    Returns:
+        `dict[str, str]`: BLAKE2b in hexadecimal.
+    """
+    result = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name == MANIFEST:
+            continue
+        digest = hashlib.blake2b()
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 22):
+                digest.update(piece)
+        result[name] = digest.hexdigest()
+    return result
+
+
+def list_checkpoints(output_dir: str | os.PathLike) -> list[pathlib.Path]:
+    """The `checkpoint-<step>` folders of a run.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): of the run; need not exist.
+
+    Returns:
+        `list[pathlib.Path]`: the oldest first.
+    """
+    folders = [path for path in pathlib.Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name[11:]))
+
+
+def check_checkpoint(folder: pathlib.Path) -> str | None:
+    """What is wrong with a checkpoint.
+
+    Args:
+        folder (`pathlib.Path`): a `checkpoint-<step>`.
+
+    Returns:
+        `str`, *optional*: None where every file is as it was written.
+    """
+    try:
+        written = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"its {MANIFEST} can't be read ({error})"
+    found = digests(folder)
+    wrong = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
+    return f"{', '.join(wrong)} missing, added or changed" if wrong else None
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, step: int, total_limit: int) -> None:
+    """Write everything that `accelerator` knows as `checkpoint-<step>`, whole or not at all; every process calls this.
+
+    Args:
+        accelerator (`Accelerator`): with all models, optimizers and registered objects.
+        output_dir (`str` or `os.PathLike`): of the run.
+        step (`int`): optimizer steps so far.
+        total_limit (`int`): the newest so many stay.
+
+    Raises:
+        RuntimeError: if it can't be written, a full disk say; earlier checkpoints are left alone.
+    """
+    folder = pathlib.Path(output_dir, f"checkpoint-{step}")
+    partial = folder.with_name(f"{folder.name}.partial")
+    accelerator.wait_for_everyone()
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (partial / MANIFEST).write_text(json.dumps(digests(partial), indent=2), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            for old in list_checkpoints(output_dir)[:-total_limit]:
+                shutil.rmtree(old)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        last = [str(path) for path in list_checkpoints(output_dir)][-1:] or "none"
+        raise RuntimeError(
+            f"{folder} could not be written ({error}). The last whole checkpoint: {last[0]}."
+        ) from error
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, name: str) -> pathlib.Path | None:
+    """Load the newest whole checkpoint of a run, or a given one; every process calls this.
+
+    Args:
+        accelerator (`Accelerator`): with the same objects as when it was saved.
+        output_dir (`str` or `os.PathLike`): of the run.
+        name (`str`): `"latest"`, the name of a checkpoint in `output_dir`, or a path to one.
+
+    Returns:
+        `pathlib.Path`, *optional*: what was loaded; None where `"latest"` finds no checkpoint at all.
+
+    Raises:
+        ValueError: if the named checkpoint is not there or damaged, or all of them are damaged.
+    """
+    choice = [None, None]
+    if accelerator.is_main_process:
+        choice = list(_choose_checkpoint(output_dir, name))
+    chosen, problem = broadcast_object_list(choice)
+    if problem is not None:
+        raise ValueError(problem)
+    if chosen is None:
+        return None
+    accelerator.load_state(chosen)
+    return pathlib.Path(chosen)
+
+
+def _choose_checkpoint(output_dir: str | os.PathLike, name: str) -> tuple[str | None, str | None]:
+    """(folder, None), (None, what is wrong) or (None, None): nothing there yet."""
+    if name != "latest":
+        folder = pathlib.Path(output_dir, name)
+        problem = check_checkpoint(folder)
+        return (None, f"Checkpoint {folder} can't be used: {problem}.") if problem else (str(folder), None)
+    folders = list_checkpoints(output_dir)[::-1]
+    for folder in folders:
+        problem = check_checkpoint(folder)
+        if problem is None:
+            return str(folder), None
+        logger.warning(f"Checkpoint {folder} is damaged: {problem}. Falling back to the one before.")
+    return (
+        None,
+        f"All checkpoints of {output_dir} are damaged: {[path.name for path in folders]}." if folders else None,
+    )
+
+
+def write_curves(history: list[dict[str, float]], output_dir: str | os.PathLike) -> None:
+    """Write `loss.csv` and `loss.png`.
+
+    Args:
+        history (`list[dict[str, float]]`): rows with `step` and numbers; those whose names end in `loss` are drawn.
+        output_dir (`str` or `os.PathLike`): an existing folder.
+    """
+    folder = pathlib.Path(output_dir)
+    names = list(dict.fromkeys(name for row in history for name in row))
+    with open(folder / "loss.csv.partial", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(history)
+    os.replace(folder / "loss.csv.partial", folder / "loss.csv")
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name in (name for name in names if name.endswith("loss")):
+        rows = [row for row in history if name in row]
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
