@@ -25,10 +25,10 @@ INSTALL = [
 
 EXTRAS = {
     "train": ["datasets", "tensorboard", "matplotlib"],
-    "eval": ["torchmetrics", "scipy"],
+    "eval": ["torchmetrics", "scipy", "scikit-learn", "datasets", "matplotlib"],
     "app": ["gradio"],
     # datasets and matplotlib: the examples are tested by running them.
-    "test": ["pytest", "datasets", "matplotlib"],
+    "test": ["pytest", "datasets", "matplotlib", "scikit-learn", "torchmetrics", "scipy"],
     "docs": ["mkdocs"],
     "quality": ["ruff==0.17.6"],
 }
