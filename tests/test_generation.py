@@ -22,6 +22,7 @@ from mar_hf.generation import (
     random_order,
     raster_order,
     sample_mask,
+    sample_num_masked,
 )
 
 
@@ -150,15 +151,15 @@ def test_annealing_ends_where_asked():
 
 
 def test_masks_have_equal_counts_and_different_places():
-    mask = sample_mask(8, 256, generator=seeded())
+    mask = sample_mask(8, 256, 200, seeded())
     assert mask.dtype == torch.bool and mask.shape == (8, 256)
-    assert len(set(mask.sum(1).tolist())) == 1
+    assert mask.sum(1).tolist() == [200] * 8
     assert len({tuple(row.tolist()) for row in mask}) == 8
 
 
 def test_masking_ratios_follow_the_truncated_normal():
     generator, draws = seeded(), 1500
-    counts = torch.tensor([int(sample_mask(1, 256, generator=generator).sum()) for _ in range(draws)])
+    counts = torch.tensor([sample_num_masked(256, generator=generator) for _ in range(draws)])
     assert counts.min() >= math.ceil(0.7 * 256) and counts.max() == 256
     # The mean ratio is 0.867, half a token more by rounding up; its deviation over 1500 draws is 0.0021.
     assert (counts / 256).mean().item() == pytest.approx(0.867 + 0.5 / 256, abs=4 * 0.0021)
@@ -170,23 +171,47 @@ def test_masking_ratios_follow_the_truncated_normal():
 
 def test_every_position_is_masked_alike():
     generator = seeded()
-    share = torch.cat([sample_mask(100, 16, generator=generator) for _ in range(40)]).float().mean(0)
-    # All 4000 rows mask about 0.9 of their tokens: a position's share deviates by 0.005.
-    assert (share - share.mean()).abs().max() < 4 * 0.005
+    share = sample_mask(4000, 16, 12, generator).float().mean(0)
+    # Each position is masked in 3/4 of the rows, with a deviation of 0.0068.
+    assert (share - 0.75).abs().max() < 4 * 0.0068
 
 
 def test_masks_follow_their_generator_and_leave_the_global_one_alone():
     before = torch.get_rng_state()
-    first, second, other = (sample_mask(4, 64, generator=seeded(seed)) for seed in (1, 1, 2))
+    first, second, other = (sample_mask(4, 64, 50, seeded(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, second) and not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_other_masking_ratios():
-    assert sample_mask(2, 16, ratio_min=1.0, generator=seeded()).all()
+    assert sample_num_masked(16, ratio_min=1.0, generator=seeded()) == 16
     generator = seeded()
-    counts = [int(sample_mask(1, 100, 0.2, 0.5, 0.01, generator).sum()) for _ in range(50)]
+    counts = [sample_num_masked(100, 0.2, 0.5, 0.01, generator) for _ in range(50)]
     assert 45 <= min(counts) and max(counts) <= 55
+
+
+def test_each_picture_s_mask_follows_its_own_generator():
+    mask = sample_mask(3, 64, 50, [seeded(image) for image in range(3)])
+    for image in range(3):
+        assert torch.equal(mask[image : image + 1], sample_mask(1, 64, 50, seeded(image)))
+    assert not torch.equal(mask[0], mask[1])
+
+
+def test_all_or_nothing_masked():
+    assert sample_mask(2, 4, 4).all() and not sample_mask(2, 4, 0).any()
+
+
+@pytest.mark.parametrize(
+    "num_masked, generator, message",
+    [
+        (5, None, r"`num_masked` has to be in 0\.\.4, got 5"),
+        (-1, None, r"`num_masked` has to be in 0\.\.4, got -1"),
+        (2, [torch.Generator()], r"`generator` has to hold one generator per image \(2\), got 1"),
+    ],
+)
+def test_wrong_arguments_for_masks(num_masked, generator, message):
+    with pytest.raises(ValueError, match=message):
+        sample_mask(2, 4, num_masked, generator)
 
 
 # Tables

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .utils import check_generator, draw
+
 
 def random_order(num_tokens: int, generator: torch.Generator | None = None) -> torch.Tensor:
     """A uniformly random permutation (MAR, arXiv:2406.11838).
@@ -140,21 +142,19 @@ def linear_head_steps(num_diffusion_steps: int, num_inference_steps: int, last: 
     return [last + int((span - step) / span * (num_diffusion_steps - last)) for step in range(num_inference_steps)]
 
 
-def sample_mask(
-    batch_size: int,
+def sample_num_masked(
     num_tokens: int,
     ratio_min: float = 0.7,
     ratio_mean: float = 1.0,
     ratio_std: float = 0.25,
     generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """A training mask: one masking ratio for the batch, positions at random per picture (MAR, section 3.4).
+) -> int:
+    """How many tokens a training step masks in every picture (MAR, section 3.4).
 
-    The ratio follows a normal distribution of mean `ratio_mean` and deviation `ratio_std`, truncated to
+    The masking ratio follows a normal distribution of mean `ratio_mean` and deviation `ratio_std`, truncated to
     [`ratio_min`, 1]; with the defaults, 0.867 of the tokens are masked on average.
 
     Args:
-        batch_size (`int`): B.
         num_tokens (`int`): L.
         ratio_min (`float`, *optional*, defaults to 0.7): lower end of the ratio.
         ratio_mean (`float`, *optional*, defaults to 1.0): mean of the normal distribution.
@@ -162,8 +162,7 @@ def sample_mask(
         generator (`torch.Generator`, *optional*): the source of randomness; None means torch's global one.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, num_tokens)`: bool, True = masked, on the generator's device; every row
-        has ceil(L * ratio) of them.
+        `int`: ceil(L * ratio).
     """
     device = "cpu" if generator is None else generator.device
     ends = torch.tensor([(ratio_min - ratio_mean) / ratio_std, (1 - ratio_mean) / ratio_std], dtype=torch.float64)
@@ -171,9 +170,36 @@ def sample_mask(
     uniform = torch.rand((), generator=generator, device=device, dtype=torch.float64).item()
     quantile = torch.special.ndtri(torch.tensor(low + (high - low) * uniform, dtype=torch.float64)).item()
     ratio = min(max(ratio_mean + ratio_std * quantile, ratio_min), 1.0)
-    num_masked = math.ceil(num_tokens * ratio)
-    ranks = torch.rand(batch_size, num_tokens, generator=generator, device=device).argsort(1).argsort(1)
-    return ranks < num_masked
+    return math.ceil(num_tokens * ratio)
+
+
+def sample_mask(
+    batch_size: int,
+    num_tokens: int,
+    num_masked: int,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.Tensor:
+    """A training mask: as many tokens in every picture, each picture's at random.
+
+    Args:
+        batch_size (`int`): B.
+        num_tokens (`int`): L.
+        num_masked (`int`): tokens masked in each picture; see [`sample_num_masked`].
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one, or one per picture; None means
+            torch's global one.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_tokens)`: bool, True = masked, on the generator's device.
+
+    Raises:
+        ValueError: if `num_masked` is not in 0..L, or a list does not hold one generator per picture.
+    """
+    if not 0 <= num_masked <= num_tokens:
+        raise ValueError(f"`num_masked` has to be in 0..{num_tokens}, got {num_masked}.")
+    check_generator(generator, batch_size)
+    first = generator[0] if isinstance(generator, list) else generator
+    device = "cpu" if first is None else first.device
+    return draw(torch.rand, (batch_size, num_tokens), generator, device).argsort(1).argsort(1) < num_masked
 
 
 GENERATION_ORDERS: dict[str, Callable[..., torch.Tensor]] = {"random": random_order, "raster": raster_order}

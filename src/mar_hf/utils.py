@@ -2,10 +2,59 @@
 """Small things that several modules need."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import torch
+
+
+def check_generator(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
+    """Refuse a list that does not hold one generator per image.
+
+    Args:
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*): what the caller gave.
+        batch_size (`int`): images.
+
+    Raises:
+        ValueError: if it is a list of another length.
+    """
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(f"`generator` has to hold one generator per image ({batch_size}), got {len(generator)}.")
+
+
+def draw(
+    sampler: Callable[..., torch.Tensor],
+    shape: tuple[int, ...],
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device | str,
+    dim: int = 0,
+    counts: list[int] | None = None,
+) -> torch.Tensor:
+    """Random numbers from one generator, or each image's own from its generator.
+
+    They are drawn where the generators live and moved once, so a CPU generator gives the same everywhere.
+
+    Args:
+        sampler (`Callable`): `torch.rand`, `torch.randn` or another that takes a shape, `generator` and `device`.
+        shape (`tuple[int, ...]`): of the whole.
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one, or one per image; None means
+            torch's global one.
+        device (`torch.device` or `str`): where the numbers are wanted.
+        dim (`int`, *optional*, defaults to 0): the dimension along which images follow each other.
+        counts (`list[int]`, *optional*): entries of each image along `dim`; None means one each.
+
+    Returns:
+        `torch.Tensor` of shape `shape` on `device`.
+    """
+    if not isinstance(generator, list):
+        draw_on = device if generator is None else generator.device
+        return sampler(shape, generator=generator, device=draw_on).to(device)
+    counts = counts or [1] * len(generator)
+    shapes = [(*shape[:dim], count, *shape[dim + 1 :]) for count in counts]
+    drawn = [sampler(size, generator=one, device=one.device) for size, one in zip(shapes, generator, strict=True)]
+    return torch.cat(drawn, dim).to(device)
 
 
 @contextmanager

@@ -146,6 +146,28 @@ def test_what_the_loss_draws(scheduler):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_an_image_s_loss_follows_its_own_generator(scheduler):
+    head, (condition, target) = tiny_head(2), (conditions(3, 5)[0], torch.randn(3, 5, TOKEN_DIM, generator=seeded(2)))
+    mask = torch.arange(15).reshape(3, 5) % 4 < torch.tensor([[1], [2], [3]])
+    counts = mask.sum(1)
+    assert len(set(counts.tolist())) == 3
+
+    def loss(chosen, generator):
+        return head.loss(
+            condition=condition[chosen],
+            target=target[chosen],
+            mask=mask[chosen],
+            scheduler=scheduler,
+            generator=generator,
+        )
+
+    together = loss(slice(None), [seeded(image) for image in range(3)])
+    alone = torch.stack([loss(slice(image, image + 1), seeded(image)) for image in range(3)])
+    # Every masked token counts alike, so an image counts as much as it has masked tokens.
+    assert together.item() == pytest.approx((alone * counts / counts.sum()).sum().item(), rel=1e-6)
+    assert together.item() != pytest.approx(loss(slice(None), seeded(0)).item(), rel=1e-3)
+
+
 def test_timesteps_are_drawn_from_the_whole_chain(scheduler):
     head, seen = tiny_head(4), []
     head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
@@ -520,6 +542,7 @@ def test_wrong_arguments_for_sampling(change, message, scheduler):
         ({"timesteps": torch.zeros(6, dtype=torch.int64)}, r"`timesteps` has to be of shape \(12,\), got \(6,\)"),
         ({"noise": torch.zeros(6, TOKEN_DIM)}, r"`noise` has to be of shape \(12, 4\), got \(6, 4\)"),
         ({"mask": torch.zeros(2, 3, dtype=torch.bool)}, "`mask` has to mask at least one token"),
+        ({"generator": [torch.Generator()] * 3}, r"`generator` has to hold one generator per image \(2\), got 3"),
     ],
 )
 def test_wrong_arguments_for_the_loss(change, message, scheduler):

@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from common import assert_same_tensors, relative_error, seeded, tiny_config, tiny_model
 from mar_hf import BackboneOutput, DiffusionHead, MARConfig, MARForImageGeneration, MARModel, TokenDDPMScheduler
-from mar_hf.generation import sample_mask
+from mar_hf.generation import sample_mask, sample_num_masked
 
 
 NULL = 3  # of the tiny transformer's 3 classes
@@ -320,7 +320,7 @@ def test_everything_is_drawn_from_the_generator_in_its_order(scheduler):
     assert torch.equal(torch.get_rng_state(), before)
 
     generator = seeded(2)
-    mask = sample_mask(6, 16, 0.7, 1.0, 0.25, generator)
+    mask = sample_mask(6, 16, sample_num_masked(16, 0.7, 1.0, 0.25, generator), generator)
     dropped = torch.rand(6, generator=generator) < 0.5
     assert 0 < dropped.sum() < 6
     chosen = mask.repeat(2, 1).flatten()
@@ -335,6 +335,25 @@ def test_everything_is_drawn_from_the_generator_in_its_order(scheduler):
 
 
 @torch.no_grad()
+def test_an_image_follows_its_own_generator_whatever_its_batch(scheduler):
+    model = tiny_model(**{**NO_DROPOUT, "class_dropout_prob": 0.5}, head_batch_multiplier=2).train()
+    tokens, _, labels = inputs(3)
+
+    def run(chosen, generator):
+        return model(
+            tokens[chosen], class_labels=labels[chosen], noise_scheduler=scheduler, num_masked=13, generator=generator
+        )
+
+    together = run(slice(None), [seeded(image) for image in range(3)])
+    alone = [run(slice(image, image + 1), seeded(image)) for image in range(3)]
+    assert relative_error(together.condition, torch.cat([output.condition for output in alone])) < 1e-6
+    assert together.loss.item() == pytest.approx(sum(output.loss.item() for output in alone) / 3, rel=1e-6)
+    # Five visible: two class tokens and the three that 13 of 16 leave.
+    assert together.encoder_last_hidden_state.shape[1] == 5
+    # Seeds 0 to 2 draw different things: an image does depend on its generator.
+    assert relative_error(run(slice(0, 1), seeded(1)).condition, alone[0].condition) > 1e-3
+
+
 def test_drawn_masks_follow_the_configuration(scheduler):
     model = tiny_model(mask_ratio_min=0.4, mask_ratio_mean=0.5, mask_ratio_std=0.001).train()
     for seed in range(5):
@@ -572,9 +591,15 @@ def test_masks_are_needed_outside_training():
         tiny_model()(inputs()[0])
 
 
+def test_a_list_of_generators_needs_the_number_of_masked_tokens():
+    with pytest.raises(ValueError, match="`num_masked` has to be given with a list of generators"):
+        tiny_model().train()(inputs()[0], generator=[seeded(1), seeded(2)])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
+        ({"generator": [torch.Generator()] * 3}, r"`generator` has to hold one generator per image \(2\), got 3"),
         ({"tokens": torch.zeros(2, 15, 12)}, r"`tokens` has to be of shape \(batch, 16, 12\), got \(2, 15, 12\)"),
         ({"tokens": torch.zeros(2, 16, 8)}, r"`tokens` has to be of shape \(batch, 16, 12\), got \(2, 16, 8\)"),
         ({"tokens": torch.zeros(16, 12)}, r"`tokens` has to be of shape \(batch, 16, 12\), got \(16, 12\)"),

@@ -45,7 +45,7 @@ class TokenHead(nn.Module, ABC):
         scheduler: SchedulerMixin,
         timesteps: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
         """The training loss, averaged over the masked tokens.
 
@@ -56,7 +56,8 @@ class TokenHead(nn.Module, ABC):
             scheduler (`SchedulerMixin`): the noise schedule, for heads that have one.
             timesteps (`torch.Tensor`, *optional*): int64; drawn where not given.
             noise (`torch.Tensor`, *optional*): drawn where not given.
-            generator (`torch.Generator`, *optional*): for what is drawn.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for what is drawn; with one per
+                image, what is drawn for an image does not depend on the others.
 
         Returns:
             `torch.Tensor`: a float32 scalar.

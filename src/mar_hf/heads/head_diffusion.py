@@ -2,6 +2,7 @@
 """MAR's token head: a small MLP that denoises one token, conditioned on the backbone's output."""
 
 import inspect
+from functools import partial
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import initialization as init
 
 from ..schedulers import TokenDDPMScheduler
+from ..utils import check_generator, draw
 from .head_base import TokenHead
 
 
@@ -155,7 +157,7 @@ class DiffusionHead(TokenHead):
         scheduler: TokenDDPMScheduler,
         timesteps: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
         """Squared error of epsilon + variational bound, averaged over the masked tokens and their draws.
 
@@ -168,13 +170,16 @@ class DiffusionHead(TokenHead):
             timesteps (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens,)`, *optional*): int64, whole
                 batch after whole batch; drawn uniformly where not given.
             noise (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens, token_dim)`, *optional*): likewise.
-            generator (`torch.Generator`, *optional*): for what is drawn; None means torch's global one.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for what is drawn, timesteps first;
+                with one per image, what is drawn for an image does not depend on the others. None means torch's
+                global one.
 
         Returns:
             `torch.Tensor`: a float32 scalar.
 
         Raises:
-            ValueError: if the scheduler is another one, a shape does not fit or nothing is masked.
+            ValueError: if the scheduler is another one, a shape or the number of generators does not fit or nothing
+                is masked.
         """
         if not isinstance(scheduler, TokenDDPMScheduler):
             raise ValueError(f"Training needs a TokenDDPMScheduler, got {type(scheduler).__name__}.")
@@ -182,6 +187,7 @@ class DiffusionHead(TokenHead):
         for name, value, shape in (("timesteps", timesteps, (rows,)), ("noise", noise, (rows, self.token_dim))):
             if value is not None and value.shape != shape:
                 raise ValueError(f"`{name}` has to be of shape {shape}, got {tuple(value.shape)}.")
+        check_generator(generator, len(mask))
         chosen = mask.flatten().nonzero()[:, 0]
         if not len(chosen):
             raise ValueError("`mask` has to mask at least one token: the loss is the mean over masked ones.")
@@ -190,13 +196,18 @@ class DiffusionHead(TokenHead):
         condition = condition.flatten(0, 1)[chosen].repeat(self.batch_multiplier, 1)
         target = target.flatten(0, 1)[chosen].repeat(self.batch_multiplier, 1).float()
         device = target.device
+        # What is drawn has the shape (copies, masked tokens, ...): an image's tokens stand together in every copy.
+        shape = (self.batch_multiplier, len(chosen))
+        counts = mask.sum(1).tolist() if isinstance(generator, list) else None
         if timesteps is None:
-            draw_on = device if generator is None else generator.device
-            shape = (len(repeated),)
-            timesteps = torch.randint(0, len(scheduler), shape, generator=generator, device=draw_on).to(device)
+            uniform = partial(torch.randint, 0, len(scheduler))
+            timesteps = draw(uniform, shape, generator, device, 1, counts).flatten()
         else:
             timesteps = timesteps.to(device)[repeated]
-        noise = randn_tensor(target.shape, generator, device) if noise is None else noise.to(device)[repeated].float()
+        if noise is None:
+            noise = draw(torch.randn, (*shape, self.token_dim), generator, device, 1, counts).flatten(0, 1)
+        else:
+            noise = noise.to(device)[repeated].float()
         noisy = scheduler.add_noise(target, noise, timesteps)
         output = self(noisy, timesteps, condition)
         mean_squared_error, bound = scheduler.training_losses(output, target, noisy, noise, timesteps)
@@ -248,8 +259,7 @@ class DiffusionHead(TokenHead):
                 f"{tuple(negative_condition.shape)}."
             )
         batch, num_tokens, _ = condition.shape
-        if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(f"`generator` has to hold one generator per image ({batch}), got {len(generator)}.")
+        check_generator(generator, batch)
         if noise is not None and (
             noise.ndim != 4
             or noise.shape[:2] != (batch, num_tokens)

@@ -8,9 +8,10 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..generation import sample_mask
+from ..generation import sample_mask, sample_num_masked
 from ..heads import TOKEN_HEADS
 from ..loading import StrictLoadingMixin
+from ..utils import check_generator, draw
 from .configuration_mar import MARConfig
 from .modeling_outputs import BackboneOutput
 
@@ -223,7 +224,7 @@ class MARModel(MARPreTrainedModel):
         mask: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         num_masked: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool | None = None,
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
         """Condition vectors for all positions.
@@ -235,17 +236,19 @@ class MARModel(MARPreTrainedModel):
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None means the null class.
             num_masked (`int`, *optional*): masked tokens in a row, where the caller knows it: saves counting them,
                 which waits for the device.
-            generator (`torch.Generator`, *optional*): for the class dropout of training; None means torch's global
-                one.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the class dropout of training:
+                one, or one per image; None means torch's global one.
             return_dict (`bool`, *optional*): False gives a tuple.
 
         Returns:
             [`BackboneOutput`]: `condition` and `encoder_last_hidden_state`.
 
         Raises:
-            ValueError: if a shape does not fit or rows have different numbers of masked tokens.
+            ValueError: if a shape or the number of generators does not fit, or rows have different numbers of masked
+                tokens.
         """
         self._check_inputs(tokens, mask, class_labels)
+        check_generator(generator, len(tokens))
         num_tokens, num_prefix = self.config.num_tokens, self.config.num_class_tokens
         if num_masked is None:
             counts = mask.sum(1)
@@ -279,16 +282,18 @@ class MARModel(MARPreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
     def _embed_class(
-        self, class_labels: torch.Tensor | None, tokens: torch.Tensor, generator: torch.Generator | None
+        self,
+        class_labels: torch.Tensor | None,
+        tokens: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
         """Class embeddings (B, D), with the null class for None and, in training, for a share of the labels."""
         null_class, batch, device = self.config.num_classes, tokens.shape[0], tokens.device
         if class_labels is None:
             return self.class_embedding(torch.full((batch,), null_class, device=device))
         if self.training and self.config.class_dropout_prob > 0:
-            draw_on = device if generator is None else generator.device
-            dropped = torch.rand(batch, generator=generator, device=draw_on) < self.config.class_dropout_prob
-            class_labels = torch.where(dropped.to(device), null_class, class_labels)
+            dropped = draw(torch.rand, (batch,), generator, device) < self.config.class_dropout_prob
+            class_labels = torch.where(dropped, null_class, class_labels)
         return self.class_embedding(class_labels)
 
     def _check_inputs(self, tokens: torch.Tensor, mask: torch.Tensor, class_labels: torch.Tensor | None) -> None:
@@ -344,12 +349,14 @@ class MARForImageGeneration(MARPreTrainedModel):
         timesteps: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         num_masked: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool | None = None,
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
         """Condition vectors, and the training loss where a noise scheduler is given.
 
-        What is random and not given is drawn from `generator` in this order: mask, class dropout, timesteps, noise.
+        What is random and not given is drawn from `generator` in this order: number of masked tokens, their
+        positions, class dropout, timesteps, noise. With one generator per image, what is drawn for an image does not
+        depend on the others.
 
         Args:
             tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the tokens.
@@ -361,24 +368,31 @@ class MARForImageGeneration(MARPreTrainedModel):
                 loss.
             noise (`torch.Tensor` of shape `(head_batch_multiplier * batch * num_tokens, token_dim)`, *optional*): of
                 the loss.
-            num_masked (`int`, *optional*): masked tokens in a row, where the caller knows it.
-            generator (`torch.Generator`, *optional*): for what is drawn; None means torch's global one.
+            num_masked (`int`, *optional*): masked tokens in a row: of the mask, where the caller knows it, or of the
+                one to be drawn, where it is not left to the generator.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for what is drawn: one, or one per
+                image; None means torch's global one.
             return_dict (`bool`, *optional*): False gives a tuple.
 
         Returns:
             [`BackboneOutput`]: `loss` (with a scheduler), `condition`, `encoder_last_hidden_state`.
 
         Raises:
-            ValueError: if a shape does not fit, or in eval mode without a mask.
+            ValueError: if a shape or the number of generators does not fit, in eval mode without a mask, or with a
+                list of generators and neither `mask` nor `num_masked`: the batch has one number of masked tokens.
         """
         config = self.config
         if mask is None:
             if not self.training:
                 raise ValueError("`mask` has to be given in eval mode: True for the tokens still to be generated.")
-            ratios = (config.mask_ratio_min, config.mask_ratio_mean, config.mask_ratio_std)
-            mask = sample_mask(tokens.shape[0], config.num_tokens, *ratios, generator=generator)
-            num_masked = int(mask[0].sum())
-            mask = mask.to(tokens.device)
+            if num_masked is None:
+                if isinstance(generator, list):
+                    raise ValueError(
+                        "`num_masked` has to be given with a list of generators: it is one for the batch."
+                    )
+                ratios = (config.mask_ratio_min, config.mask_ratio_mean, config.mask_ratio_std)
+                num_masked = sample_num_masked(config.num_tokens, *ratios, generator=generator)
+            mask = sample_mask(len(tokens), config.num_tokens, num_masked, generator).to(tokens.device)
         output = self.model(tokens, mask, class_labels, num_masked, generator)
         if noise_scheduler is not None:
             loss = self.head.loss(
