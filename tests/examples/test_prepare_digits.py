@@ -26,7 +26,7 @@ def test_every_digit_is_written_once_under_its_class(tmp_path, monkeypatch, caps
     for path in tmp_path.rglob("*.png"):
         found.setdefault(path.parent.parent.name, []).append(int(path.stem))
         assert path.parent.name == str(data.target[int(path.stem)])
-        levels = np.asarray(Image.open(path)) * 16 / 255
+        levels = np.asarray(Image.open(path)).astype(float) * 16 / 255
         assert np.abs(levels - data.images[int(path.stem)]).max() < 0.05
     assert {name: len(numbers) for name, numbers in found.items()} == counts
     assert sorted(sum(found.values(), [])) == list(range(1797))
