@@ -271,7 +271,77 @@ def test_each_picture_follows_its_own_generator():
 def test_others_have_nothing_to_sample(name):
     tokenizer, images = ImageTokenizer.from_autoencoder(build(name)), pictures()
     expected = tokenizer.encode(images, sample_posterior=False).latents
-    assert torch.equal(tokenizer.encode(images, generator=seeded()).latents, expected)
+    generator = seeded()
+    assert torch.equal(tokenizer.encode(images, generator=generator).latents, expected)
+    assert torch.equal(generator.get_state(), seeded().get_state())
+
+
+# Moments
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BUILDERS)
+def test_moments_are_the_autoencoder_s_own(name):
+    autoencoder, images = build(name), pictures()
+    tokenizer = ImageTokenizer.from_autoencoder(autoencoder, scaling_factor=3.0, shift_factor=0.5)
+    mean, std = tokenizer.encode_moments(images)
+    assert torch.equal(mean, bare_latents(autoencoder, images)) and std.shape == mean.shape
+    if tokenizer.is_variational:
+        posterior = autoencoder.encode(images).latent_dist
+        assert torch.equal(std, posterior.std) and std.min() > 0
+        expected = (posterior.sample(seeded(3)) - 0.5) * 3.0
+        assert torch.equal(tokenizer.encode(images, generator=seeded(3)).latents, expected)
+    else:
+        assert name.split(",")[0] not in SAMPLED and std.count_nonzero() == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SAMPLED)
+def test_deviations_are_clamped_as_diffusers_does(name):
+    tokenizer = ImageTokenizer.from_autoencoder(build(name))
+    tokenizer.autoencoder.quant_conv.bias.view(2, -1)[1] = torch.linspace(-1e3, 1e3, tokenizer.latent_channels)
+    std = tokenizer.encode_moments(pictures())[1]
+    assert std[:, 0].unique().item() == pytest.approx(math.exp(-15))
+    assert std[:, -1].unique().item() == pytest.approx(math.exp(10))
+
+
+def test_moments_of_pixels():
+    tokenizer, images = pixels(patch_size=2, shift_factor=0.1, scaling_factor=2.0), pictures()
+    mean, std = tokenizer.encode_moments(images)
+    assert torch.equal(mean, images) and std.shape == images.shape and std.count_nonzero() == 0
+    assert torch.equal(tokenizer.sample_moments(mean, std).tokens, tokenizer.encode(images).tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("normalizer", ["affine", "token_layer_norm"])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_moments_are_sampled_without_weights(name, normalizer):
+    channels = build(name).config.latent_channels
+    tokenizer = ImageTokenizer.from_autoencoder(
+        build(name), patch_size=2, scaling_factor=[0.5 + n for n in range(channels)], normalizer=normalizer
+    )
+    with torch.device("meta"):
+        bare = ImageTokenizer(tokenizer.config)
+    assert bare.device.type == "meta"
+    for key in ("stride", "token_dim", "latent_channels", "is_variational"):
+        assert getattr(bare, key) == getattr(tokenizer, key)
+    images = pictures()
+    mean, std = tokenizer.encode_moments(images)
+    for generators in ((seeded(5), seeded(5)), ([seeded(1), seeded(2)], [seeded(1), seeded(2)])):
+        drawn = bare.sample_moments(mean, std, generators[0])
+        expected = tokenizer.encode(images, generator=generators[1])
+        assert torch.equal(drawn.latents, expected.latents) and torch.equal(drawn.tokens, expected.tokens)
+    mode = tokenizer.encode(images, sample_posterior=False)
+    assert torch.equal(bare.sample_moments(mean, None).tokens, mode.tokens)
+    assert torch.equal(bare.unpatchify(mode.tokens), mode.latents)
+
+
+@pytest.mark.parametrize(
+    "mean, std", [((2, 4, 4, 4), (2, 4, 4, 4)), ((2, 3, 4), None), ((2, 3, 4, 4), (1, 3, 4, 4)), ((2, 3, 3, 4), None)]
+)
+def test_moments_that_do_not_fit(mean, std):
+    with pytest.raises(ValueError, match=r"of shape \(batch, 3, height, width\)"):
+        pixels(patch_size=2).sample_moments(torch.zeros(mean), None if std is None else torch.zeros(std))
 
 
 # Saving and loading

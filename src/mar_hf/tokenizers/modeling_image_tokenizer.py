@@ -13,6 +13,7 @@ from diffusers import (
     VQModel,
 )
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -25,6 +26,7 @@ from .configuration_image_tokenizer import ImageTokenizerConfig
 AUTOENCODERS = {
     cls.__name__: cls for cls in (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderTiny, VQModel)
 }
+VARIATIONAL = ("AutoencoderKL", "AsymmetricAutoencoderKL")
 
 
 def _check_class(name: str | None) -> None:
@@ -34,7 +36,7 @@ def _check_class(name: str | None) -> None:
 
 @dataclass
 class ImageTokenizerOutput(ModelOutput):
-    """What [`ImageTokenizer.encode`] returns.
+    """What [`ImageTokenizer.encode`] and [`ImageTokenizer.sample_moments`] return.
 
     Args:
         latents (`torch.Tensor` of shape `(batch, channels, height, width)`): the unit-scaled latent grid.
@@ -155,14 +157,18 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         widths = widths or settings.get("encoder_block_out_channels")
         return 2 ** (len(widths) - 1) * self.config.patch_size
 
-    @apply_forward_hook
+    @property
+    def is_variational(self) -> bool:
+        """Whether pictures have a posterior to sample, not one value."""
+        return self.config.autoencoder is not None and self.config.autoencoder["_class_name"] in VARIATIONAL
+
     def encode(
         self,
         pixel_values: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         sample_posterior: bool = True,
     ) -> ImageTokenizerOutput:
-        """Pictures to unit-scaled latents and tokens.
+        """Pictures to unit-scaled latents and tokens: `encode_moments`, then `sample_moments`.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): in [-1, 1]; height and width multiples
@@ -177,19 +183,69 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         Raises:
             ValueError: if the shape is not as described.
         """
+        mean, std = self.encode_moments(pixel_values)
+        output = self.sample_moments(mean, std if sample_posterior else None, generator)
+        dtype = pixel_values.dtype
+        return ImageTokenizerOutput(latents=output.latents.to(dtype), tokens=output.tokens.to(dtype))
+
+    @apply_forward_hook
+    def encode_moments(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pictures to mean and deviation of their posterior, as the autoencoder has them: to keep, and sample often.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): in [-1, 1]; height and width multiples
+                of `stride`.
+
+        Returns:
+            `tuple` of two `torch.Tensor` of shape `(batch, channels, latent_height, latent_width)`: mean and deviation
+            in the autoencoder's dtype, neither shifted nor scaled. The deviation is 0 unless `is_variational`.
+
+        Raises:
+            ValueError: if the shape is not as described.
+        """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"`pixel_values` has to be of shape (batch, 3, height, width), got {pixel_values.shape}.")
         if pixel_values.shape[2] % self.stride or pixel_values.shape[3] % self.stride:
             size = tuple(pixel_values.shape[2:])
             raise ValueError(f"`pixel_values` has size {size}; both sides have to be multiples of {self.stride}.")
-        latents = pixel_values
-        if self.autoencoder is not None:
-            encoded = self.autoencoder.encode(pixel_values.to(self.autoencoder.dtype))
-            posterior = getattr(encoded, "latent_dist", None)
-            if posterior is None:
-                latents = encoded.latent if hasattr(encoded, "latent") else encoded.latents
-            else:
-                latents = posterior.sample(generator) if sample_posterior else posterior.mode()
+        if self.autoencoder is None:
+            return pixel_values, torch.zeros_like(pixel_values)
+        encoded = self.autoencoder.encode(pixel_values.to(self.autoencoder.dtype))
+        if self.is_variational:
+            return encoded.latent_dist.mean, encoded.latent_dist.std
+        mean = encoded.latent if hasattr(encoded, "latent") else encoded.latents
+        return mean, torch.zeros_like(mean)
+
+    def sample_moments(
+        self,
+        mean: torch.Tensor,
+        std: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> ImageTokenizerOutput:
+        """Draw unit-scaled latents from what `encode_moments` returned. Needs the configuration only, no weights.
+
+        Args:
+            mean (`torch.Tensor` of shape `(batch, channels, latent_height, latent_width)`): of the posterior.
+            std (`torch.Tensor` of the same shape, *optional*): its deviation. None takes the mode. No noise is drawn
+                unless `is_variational`.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the noise, which is drawn in the
+                dtype of `mean`.
+
+        Returns:
+            [`ImageTokenizerOutput`]: `latents` and `tokens` in float32.
+
+        Raises:
+            ValueError: if the shape is not as described.
+        """
+        if mean.ndim != 4 or mean.shape[1] != self.latent_channels or (std is not None and std.shape != mean.shape):
+            raise ValueError(
+                f"`mean` and `std` have to be of shape (batch, {self.latent_channels}, height, width), "
+                f"got {tuple(mean.shape)} and {None if std is None else tuple(std.shape)}."
+            )
+        latents = mean
+        if std is not None and self.is_variational:
+            noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+            latents = mean + std * noise
         latents = (latents.float() - self._per_channel("shift_factor", latents)) * self._per_channel(
             "scaling_factor", latents
         )
@@ -197,7 +253,7 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         if self.config.normalizer == "token_layer_norm":
             tokens = nn.functional.layer_norm(tokens, tokens.shape[-1:])
             latents = self.unpatchify(tokens, latents.shape[2] // self.config.patch_size)
-        return ImageTokenizerOutput(latents=latents.to(pixel_values.dtype), tokens=tokens.to(pixel_values.dtype))
+        return ImageTokenizerOutput(latents=latents, tokens=tokens)
 
     @apply_forward_hook
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -290,5 +346,6 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, self.latent_channels, rows * patch, -1)
 
     def _per_channel(self, name: str, latents: torch.Tensor) -> torch.Tensor:
-        value = torch.tensor(getattr(self.config, name), dtype=torch.float32, device=latents.device)
+        # A blocking copy would wait for all that the device still has to do.
+        value = torch.tensor(getattr(self.config, name), dtype=torch.float32).to(latents.device, non_blocking=True)
         return value.reshape(1, -1, 1, 1)
