@@ -1,31 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a class-conditional MAR on a folder of pictures.
+"""Train or fine-tune a class-conditional model on a folder of pictures or on cached latents.
 
-    accelerate launch examples/train.py --train_data_dir data/emoji --output_dir out/mar --tokenizer out/tokenizer
+    accelerate launch examples/train.py --config examples/configs/emoji.json --train_data_dir data/emoji \\
+        --pretrained_tokenizer out/tokenizer --output_dir out/mar
 
-While it runs, `output_dir` holds a pipeline with the averaged weights that `MARPipeline.from_pretrained` loads,
-`samples/` one grid of pictures every `validation_steps` (a row for each class), and the loss as `loss.csv` and
-`loss.png`. The recipe is that of arXiv:2406.11838, appendix B; the sampler starts at `max_timestep`, so that young
-models make pictures.
+The recipe is that of arXiv:2406.11838, appendix B. While it runs, `output_dir` holds
+
+- `pipeline/`: the averaged weights, tokenizer, scheduler and card: `MARPipeline.from_pretrained` loads it at any time;
+- `samples/`: a grid of pictures every `validation_steps`, a row for each class;
+- `loss.csv`, `loss.png`, and the logs of the trackers;
+- `checkpoint-<step>/`: everything to go on exactly where the run was killed, with `--resume_from_checkpoint latest`.
+
+What is random about an example depends on the seed and its place in the row of all epochs only, so a run does not
+depend on the number of processes (but for dropout, which draws from every process' own state).
 """
 
-import csv
+import json
+import logging
 import pathlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 
-import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from datasets import ClassLabel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from huggingface_hub import HfApi
 from image_data import ImageTransform, augment, load_image_dataset
-from torch.utils.data import DataLoader
+from PIL import Image
+from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
+from training_utils import (
+    PositionedDataset,
+    TrainingBatches,
+    example_generators,
+    list_checkpoints,
+    load_checkpoint,
+    parse_arguments,
+    save_checkpoint,
+    write_curves,
+)
+from transformers import PreTrainedModel
 
 from mar_hf import (
     ImageTokenizer,
@@ -36,253 +57,623 @@ from mar_hf import (
     TokenDDPMScheduler,
     build_model_card,
 )
+from mar_hf.generation import look_up, sample_mask, sample_num_masked
 from mar_hf.utils import atomic_folder
+
+
+logger = get_logger(__name__)
+
+# `model_type` of a configuration -> (configuration, backbone with its head).
+BACKBONES = {MARConfig.model_type: (MARConfig, MARForImageGeneration)}
+# What a tracker needs to be told of a picture (1, H, W, 3).
+IMAGE_FORMAT = {"tensorboard": {"dataformats": "NHWC"}}
 
 
 @dataclass
 class Arguments:
-    """Settings of a training run."""
+    """Settings of a training run. JSON objects are written as such in a file of settings."""
 
-    train_data_dir: str = field(metadata={"help": "image folder, parquet folder or saved dataset"})
-    output_dir: str = field(metadata={"help": "where the pipeline, samples and the loss curve go"})
+    output_dir: str = field(metadata={"help": "where checkpoints, the pipeline, samples and the loss curve go"})
+    train_data_dir: str | None = field(
+        default=None,
+        metadata={"help": "image folder, parquet folder, saved dataset, or cached latents"},
+    )
     resolution: int = field(default=32, metadata={"help": "side of the pictures in pixels"})
     random_flip: bool = field(default=False, metadata={"help": "mirror half of the pictures"})
     random_shift: int = field(default=0, metadata={"help": "shift pictures by up to so many pixels"})
-    tokenizer: str | None = field(default=None, metadata={"help": "image tokenizer, folder or hub id; none: pixels"})
+    pretrained_tokenizer: str | None = field(
+        default=None, metadata={"help": "image tokenizer, folder or hub id; default: that of the pipeline, or pixels"}
+    )
     patch_size: int = field(default=4, metadata={"help": "pixels along a token's side, without a tokenizer"})
 
-    preset: str = field(default="base", metadata={"help": "base, large or huge; the sizes below override it"})
-    hidden_size: int | None = field(default=None, metadata={"help": "width of the transformer"})
-    num_encoder_layers: int | None = field(default=None, metadata={"help": "blocks of the encoder"})
-    num_decoder_layers: int | None = field(default=None, metadata={"help": "blocks of the decoder"})
-    num_attention_heads: int | None = field(default=None, metadata={"help": "attention heads"})
-    num_class_tokens: int | None = field(default=None, metadata={"help": "class tokens before the sequence"})
-    head_num_layers: int | None = field(default=None, metadata={"help": "blocks of the diffusion head"})
-    head_hidden_size: int | None = field(default=None, metadata={"help": "width of the diffusion head"})
-    head_batch_multiplier: int = field(default=4, metadata={"help": "draws of noise per token and step"})
-    dropout: float = field(default=0.1, metadata={"help": "of attention and of hidden states"})
-    class_dropout_prob: float = field(default=0.1, metadata={"help": "share of labels dropped, for guidance"})
-    mask_ratio_min: float = field(default=0.7, metadata={"help": "least share of masked tokens"})
-    mask_ratio_std: float = field(default=0.25, metadata={"help": "deviation of the masking ratio around 1"})
+    pretrained_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "pipeline to fine-tune, folder or hub id; its classes may be others"}
+    )
+    model_config: str = field(
+        default="{}",
+        metadata={"help": "JSON object: settings of the model; `preset` names a size, `model_type` a backbone"},
+    )
+    lora_rank: int | None = field(default=None, metadata={"help": "train low-rank updates of all linear layers only"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "save memory, recompute activations"})
 
     train_batch_size: int = field(default=64, metadata={"help": "pictures a step and process"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches an optimizer step"})
     max_train_steps: int = field(default=5000, metadata={"help": "optimizer steps"})
     learning_rate: float = field(default=1e-4, metadata={"help": "after the warm-up"})
+    scale_lr: bool = field(default=False, metadata={"help": "the learning rate is meant for 256 pictures a step"})
     lr_scheduler: str = field(default="constant_with_warmup", metadata={"help": "a name of diffusers' schedulers"})
     lr_warmup_steps: int = field(default=100, metadata={"help": "steps of linear warm-up"})
     adam_beta1: float = field(default=0.9, metadata={"help": "of AdamW"})
     adam_beta2: float = field(default=0.95, metadata={"help": "of AdamW"})
     adam_weight_decay: float = field(default=0.02, metadata={"help": "not for biases, norms and the head"})
     max_grad_norm: float = field(default=3.0, metadata={"help": "gradients are clipped to this norm"})
-    ema_decay: float = field(default=0.9999, metadata={"help": "decay of the averaged weights, after its warm-up"})
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16"})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that read pictures"})
+    ema_decay: float = field(default=0.9999, metadata={"help": "of the averaged weights; at most (1 + n) / (10 + n)"})
+    mask_ratio_per_process: bool = field(
+        default=False,
+        metadata={"help": "every process draws its masking ratio, as the original; default: one a batch for all"},
+    )
+    mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16; default: accelerate's"})
+    allow_tf32: bool = field(default=False, metadata={"help": "quicker float32 products on NVIDIA GPUs"})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that read examples"})
     seed: int = field(default=0, metadata={"help": "of everything random"})
 
-    max_timestep: int = field(default=950, metadata={"help": "where the saved sampler starts; 999 is the original's"})
-    validation_steps: int = field(default=500, metadata={"help": "save the pipeline and samples every so many steps"})
+    logging_steps: int = field(default=20, metadata={"help": "steps between noted losses"})
+    checkpointing_steps: int = field(default=500, metadata={"help": "optimizer steps between checkpoints"})
+    checkpoints_total_limit: int = field(default=2, metadata={"help": "the newest so many checkpoints stay"})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": '"latest", or the name of a checkpoint in `output_dir`'}
+    )
+
+    max_timestep: int | None = field(
+        default=None, metadata={"help": "where the saved sampler starts; default: 950, or the pipeline's"}
+    )
+    validation_steps: int = field(default=500, metadata={"help": "steps between saved pipelines and samples"})
     validation_images: int = field(default=6, metadata={"help": "samples of each class"})
-    num_inference_steps: int = field(default=32, metadata={"help": "autoregressive steps of samples; saved"})
-    num_diffusion_steps: int = field(default=50, metadata={"help": "head steps of samples; saved"})
-    guidance_scale: float = field(default=3.0, metadata={"help": "guidance of samples; saved"})
+    generation_defaults: str = field(
+        default='{"num_inference_steps": 32, "num_diffusion_steps": 50, "guidance_scale": 3.0}',
+        metadata={"help": "JSON object: arguments of the pipeline's call, for samples and saved as its defaults"},
+    )
+    report_to: str = field(default="tensorboard", metadata={"help": "accelerate's trackers: tensorboard, wandb, none"})
+    push_to_hub: bool = field(default=False, metadata={"help": "upload the pipeline at the end"})
+    hub_model_id: str | None = field(default=None, metadata={"help": "where to; default: the name of `output_dir`"})
+    hub_token: str | None = field(default=None, metadata={"help": "default: that of `hf auth login`"})
+
+    def __post_init__(self) -> None:
+        for name in ("train_batch_size", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
+        for name in ("model_config", "generation_defaults"):
+            try:
+                settings = json.loads(getattr(self, name))
+            except ValueError as error:
+                raise ValueError(f"`{name}` has to be a JSON object: {error}") from error
+            if not isinstance(settings, dict):
+                raise ValueError(f"`{name}` has to be a JSON object, got {settings!r}.")
+        if self.pretrained_model_name_or_path and json.loads(self.model_config).keys() & {"preset", "model_type"}:
+            raise ValueError("`model_config` can't change `preset` or `model_type` of a pretrained model.")
 
 
-@torch.no_grad()
-def build_tokenizer(args: Arguments, loader: DataLoader) -> ImageTokenizer:
-    """The given tokenizer, or pixels scaled to zero mean and unit deviation per channel."""
-    if args.tokenizer is not None:
-        return ImageTokenizer.from_pretrained(args.tokenizer)
-    pictures = torch.cat([batch["pixel_values"] for batch, _ in zip(loader, range(64), strict=False)])
+class Collator:
+    """Rows to a batch, augmented; picklable, so that it runs where examples are read.
+
+    Args:
+        args (`Arguments`): of the run.
+    """
+
+    def __init__(self, args: Arguments):
+        self.args = args
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = default_collate(rows)
+        generators = example_generators(self.args.seed, batch["position"], stream=1)
+        flip, shift = self.args.random_flip, self.args.random_shift
+        if "pixel_values" in batch:
+            return {**batch, "pixel_values": augment(batch["pixel_values"], generators, flip, shift)}
+        mirrored = {name: batch.pop(f"{name}_flipped", None) for name in ("mean", "std")}
+        if flip:
+            chosen = torch.stack([torch.rand((), generator=g) for g in generators]) < 0.5
+            chosen = chosen[:, None, None, None]
+            batch |= {name: torch.where(chosen, value, batch[name]) for name, value in mirrored.items()}
+        return batch
+
+
+class Progress:
+    """How far a run is: what a checkpoint holds besides the states of models and optimizers.
+
+    Args:
+        num_examples (`int`): of the data set; a checkpoint of another number is refused.
+    """
+
+    def __init__(self, num_examples: int):
+        self.num_examples = num_examples
+        self.step = 0
+        self.position = 0
+        self.history: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, str]:
+        """Everything, for `torch.save`: as JSON, since pickles of equal objects can differ."""
+        return {"json": json.dumps(vars(self))}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Take over what `state_dict` gave.
+
+        Args:
+            state (`dict[str, str]`): of another object.
+
+        Raises:
+            ValueError: if the data set had another number of examples: its order would be another one.
+        """
+        state = json.loads(state["json"])
+        if state["num_examples"] != self.num_examples:
+            raise ValueError(
+                f"The checkpoint was trained on {state['num_examples']} examples, the data now has "
+                f"{self.num_examples}. Fine-tune its pipeline instead: `pretrained_model_name_or_path`."
+            )
+        vars(self).update(state)
+
+
+def load_data(args: Arguments) -> tuple[torch.utils.data.Dataset, list[str] | None]:
+    """The examples, and the names of their classes: pictures, or latents where `train_data_dir` holds such."""
+    if args.train_data_dir is None:
+        raise ValueError("`train_data_dir` has to be given.")
+    folder = pathlib.Path(args.train_data_dir)
+    if (folder / "index.json").exists() or next(folder.glob("*/*.npz"), None):
+        if args.random_shift:
+            raise ValueError(f"`random_shift` {args.random_shift} does not go with cached latents.")
+        from latent_data import load_latents
+
+        dataset = load_latents(args.train_data_dir)
+        if args.random_flip and not dataset.has_flipped:
+            raise ValueError("`random_flip` needs latents that were cached with `--random_flip`.")
+        return dataset, dataset.class_names
+    dataset = load_image_dataset(args.train_data_dir)
+    feature = dataset.features.get("label")
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    return dataset.with_transform(ImageTransform(args.resolution)), names
+
+
+def tokenizer_source(args: Arguments) -> tuple[str, str] | None:
+    """(folder or hub id, subfolder) of the image tokenizer; None for pixels."""
+    if args.pretrained_tokenizer is not None:
+        return args.pretrained_tokenizer, ""
+    if args.pretrained_model_name_or_path is not None:
+        return args.pretrained_model_name_or_path, "vae"
+    folder = pathlib.Path(args.train_data_dir, "tokenizer")
+    return (str(folder), "") if folder.is_dir() else None
+
+
+def load_tokenizer(args: Arguments, dataset: torch.utils.data.Dataset, weights: bool) -> ImageTokenizer:
+    """The tokenizer of the settings, or pixels of zero mean and unit deviation a channel.
+
+    Without `weights` it knows shapes and statistics only, and takes no memory: enough to train on cached latents.
+    """
+    source = tokenizer_source(args)
+    if source is not None and not weights:
+        with torch.device("meta"):
+            return ImageTokenizer(ImageTokenizerConfig.from_pretrained(source[0], subfolder=source[1]))
+    if source is not None:
+        return ImageTokenizer.from_pretrained(source[0], subfolder=source[1]).requires_grad_(False)
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:4096].tolist()
+    pictures = torch.stack([row["pixel_values"] for row in dataset.__getitems__(chosen)])
     pixels = pictures.transpose(0, 1).flatten(1)
+    std = pixels.std(1)
+    if not (std > 0).all():
+        raise ValueError(f"The pictures' channels have deviations {std.tolist()}: a constant one can't be scaled.")
     config = ImageTokenizerConfig(
-        patch_size=args.patch_size, shift_factor=pixels.mean(1).tolist(), scaling_factor=(1 / pixels.std(1)).tolist()
+        patch_size=args.patch_size, shift_factor=pixels.mean(1).tolist(), scaling_factor=(1 / std).tolist()
     )
     return ImageTokenizer(config).eval()
 
 
-def build_model(args: Arguments, tokenizer: ImageTokenizer, num_classes: int) -> MARForImageGeneration:
-    """A model of the settings' size, with random weights."""
+def build_model(args: Arguments, tokenizer: ImageTokenizer, names: list[str] | None) -> PreTrainedModel:
+    """A backbone with its head: with random weights, or those of the pipeline that is fine-tuned."""
+    settings = json.loads(args.model_config)
+    num_classes = len(names) if names else 1
+    if args.pretrained_model_name_or_path is not None:
+        return fine_tuned_model(args, settings, names)
     if args.resolution % tokenizer.stride:
         raise ValueError(f"`resolution` has to be a multiple of {tokenizer.stride}, got {args.resolution}.")
-    sizes = ("hidden_size", "num_encoder_layers", "num_decoder_layers", "num_attention_heads", "num_class_tokens")
-    overrides = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
-    head_config = MARConfig.preset(args.preset).head_config
-    head_config["num_layers"] = args.head_num_layers or head_config["num_layers"]
-    head_config["hidden_size"] = args.head_hidden_size or head_config["hidden_size"]
-    config = MARConfig.preset(
-        args.preset,
-        grid_height=args.resolution // tokenizer.stride,
-        grid_width=args.resolution // tokenizer.stride,
-        token_dim=tokenizer.token_dim,
-        num_classes=num_classes,
-        head_config=head_config,
-        head_batch_multiplier=args.head_batch_multiplier,
-        attention_dropout=args.dropout,
-        hidden_dropout=args.dropout,
-        class_dropout_prob=args.class_dropout_prob,
-        mask_ratio_min=args.mask_ratio_min,
-        mask_ratio_std=args.mask_ratio_std,
-        **overrides,
+    config_class, model_class = look_up(BACKBONES, settings.pop("model_type", MARConfig.model_type), "model_type")
+    preset = settings.pop("preset", "base")
+    head_config = {**config_class.preset(preset).head_config, **settings.pop("head_config", {})}
+    grid = args.resolution // tokenizer.stride
+    sizes = {"grid_height": grid, "grid_width": grid, "token_dim": tokenizer.token_dim, "num_classes": num_classes}
+    return model_class(config_class.preset(preset, **sizes, head_config=head_config, **settings))
+
+
+def fine_tuned_model(args: Arguments, settings: dict, names: list[str] | None) -> PreTrainedModel:
+    """The model of a pipeline, with a class table for the new classes: those of the same name and no class stay."""
+    source = args.pretrained_model_name_or_path
+    index = MARPipeline.load_config(source)
+    model_class = look_up({cls.__name__: cls for _, cls in BACKBONES.values()}, index["transformer"][1], "transformer")
+    model = model_class.from_pretrained(source, subfolder="transformer", dtype=torch.float32, **settings)
+    old = {name: int(number) for number, name in (index.get("id2label") or {}).items()}
+    num_classes = len(names) if names else 1
+    if num_classes == model.config.num_classes and (not names or all(old.get(n, i) == i for i, n in enumerate(names))):
+        return model
+    table = model.get_parameter("model.class_embedding.weight").detach()
+    # A new class starts as the mean of the old ones. Row `num_classes` is no class.
+    rows = [table[old[name]] if name in old else table[:-1].mean(0) for name in names or ["any"]]
+    embedding = torch.nn.Embedding(num_classes + 1, table.shape[1], _weight=torch.stack([*rows, table[-1]]))
+    model.model.class_embedding = embedding
+    model.config.num_classes = num_classes
+    return model
+
+
+def add_lora(args: Arguments, model: PreTrainedModel) -> torch.nn.Module:
+    """The model with low-rank updates of its linear layers, which are all that is trained beside the class table."""
+    if args.lora_rank is None:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_rank,
+        target_modules="all-linear",
+        modules_to_save=["class_embedding"],
     )
-    return MARForImageGeneration(config)
+    return get_peft_model(model, config)
 
 
-def parameter_groups(model: MARForImageGeneration, weight_decay: float) -> list[dict]:
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """The original's groups: no decay for vectors and for the head; embeddings are decayed."""
-    decayed = {name: p.ndim > 1 and not name.startswith("head.") for name, p in model.named_parameters()}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = {name: p.ndim > 1 and "head." not in name for name, p in trained}
     return [
-        {"params": [p for name, p in model.named_parameters() if decayed[name]], "weight_decay": weight_decay},
-        {"params": [p for name, p in model.named_parameters() if not decayed[name]], "weight_decay": 0.0},
+        {"params": [p for name, p in trained if decayed[name]], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained if not decayed[name]], "weight_decay": 0.0},
     ]
 
 
-def endless(loader: DataLoader) -> Iterator[dict]:
-    """Epoch after epoch."""
-    while True:
-        yield from loader
+def draw_num_masked(args: Arguments, config: MARConfig, batch_number: int, rank: int) -> int:
+    """Masked tokens of a batch, the same in all processes unless the settings say otherwise."""
+    number = (batch_number << 16) + (rank if args.mask_ratio_per_process else 0)
+    generator = example_generators(args.seed, [number], stream=2)[0]
+    ratios = (config.mask_ratio_min, config.mask_ratio_mean, config.mask_ratio_std)
+    return sample_num_masked(config.num_tokens, *ratios, generator=generator)
 
 
-def plot_loss(losses: list[tuple[int, float]], folder: pathlib.Path) -> None:
-    """Write `loss.csv` and `loss.png`."""
-    with open(folder / "loss.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("step", "loss"), *losses])
-    figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot(*zip(*losses, strict=True))
-    axes.set(xlabel="step", ylabel="loss (mean squared error + variational bound)", yscale="log")
-    axes.grid(alpha=0.3)
-    figure.savefig(folder / "loss.png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
+@torch.no_grad()
+def encode(
+    batch: dict[str, torch.Tensor], tokenizer: ImageTokenizer, generators: list[torch.Generator], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch's tokens (B, L, C) in float32 and labels (B,), on the device."""
+    labels = batch["label"].to(device, non_blocking=True)
+    if "mean" in batch:
+        mean, std = (batch[name].to(device, torch.float32, non_blocking=True) for name in ("mean", "std"))
+        return tokenizer.sample_moments(mean, std, generator=generators).tokens, labels
+    pictures = batch["pixel_values"].to(device, non_blocking=True)
+    return tokenizer.encode(pictures, generator=generators).tokens, labels
 
 
-def validate(args: Arguments, pipe: MARPipeline, step: int, num_params: int) -> None:
-    """Save the pipeline with its card, and a grid with a row of samples for each class."""
-    folder = pathlib.Path(args.output_dir)
-    labels = pipe.config.id2label
-    classes = [None] if labels is None else list(range(min(len(labels), 40)))
-    columns = args.validation_images
-    generators = [torch.Generator().manual_seed(1000 * row + i) for row in range(len(classes)) for i in range(columns)]
-    class_labels = None if labels is None else [number for number in classes for _ in range(columns)]
-    count = 1 if class_labels is not None else columns
-    images = pipe(class_labels=class_labels, num_images_per_prompt=count, generator=generators).images
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    grid = make_image_grid(images, rows=len(classes), cols=columns, resize=max(64, args.resolution))
-    grid.save(folder / "samples" / f"step_{step:06d}.png")
+class Trainer:
+    """A run: what `main` needs at every step.
 
-    description = (
-        f"A masked autoregressive model over continuous tokens (MAR, arXiv:2406.11838), {num_params / 1e6:.1f} "
-        f"million parameters, trained with `examples/train.py` for {step} steps of batch {args.train_batch_size} at "
-        f"{args.resolution} x {args.resolution} pixels.\n\n![samples](samples.png)"
-    )
-    with atomic_folder(folder / "pipeline", overwrite=True) as target:
-        pipe.save_pretrained(target)
-        grid.save(pathlib.Path(target) / "samples.png")
-        names = None if labels is None else [labels[number] for number in sorted(labels)]
-        card = build_model_card(str(folder / "pipeline"), description, class_names=names)
-        card.save(pathlib.Path(target) / "README.md")
+    Args:
+        args (`Arguments`): of the run.
+    """
+
+    def __init__(self, args: Arguments):
+        self.args = args
+        self.accelerator = accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to.split(","),
+            project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=f"{args.output_dir}/logs"),
+            # A batch need not touch every parameter: the mask token where nothing is masked, say.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        if args.push_to_hub and args.hub_token and "wandb" in args.report_to:
+            raise ValueError("`hub_token` would be logged by wandb; use `hf auth login`.")
+        if list_checkpoints(args.output_dir) and args.resume_from_checkpoint is None:
+            raise ValueError(
+                f"`output_dir` {args.output_dir!r} holds checkpoints: go on with `--resume_from_checkpoint latest`, "
+                "or take another folder."
+            )
+        if args.allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True
+        set_seed(args.seed)
+        self.dataset, self.names = load_data(args)
+        global_batch = args.train_batch_size * accelerator.num_processes
+        if len(self.dataset) < global_batch:
+            raise ValueError(f"{len(self.dataset)} examples are fewer than a batch of all processes: {global_batch}.")
+        self.from_latents = not hasattr(self.dataset, "with_transform")
+        self.tokenizer = load_tokenizer(args, self.dataset, weights=not self.from_latents)
+        if not self.from_latents:
+            self.tokenizer.to(accelerator.device)
+        model = build_model(args, self.tokenizer, self.names)
+        self.config = model.config
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        model = add_lora(args, model)
+        self.num_params = sum(p.numel() for p in model.parameters())
+        self.noise_scheduler = self.build_noise_scheduler()
+        learning_rate = args.learning_rate
+        if args.scale_lr:
+            learning_rate *= global_batch * args.gradient_accumulation_steps / 256
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, args.adam_weight_decay),
+            lr=learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            fused=accelerator.device.type in ("cpu", "cuda"),
+        )
+        self.model, self.optimizer = accelerator.prepare(model.train(), optimizer)
+        # Not prepared: accelerate's wrapper takes a step for every process.
+        self.lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.ema = EMAModel(self.trained, decay=args.ema_decay, foreach=True)
+        self.progress = Progress(len(self.dataset))
+        accelerator.register_for_checkpointing(self.lr_scheduler, self.ema, self.progress)
+        # Dropout draws from the global state; processes need not drop the same.
+        set_seed(args.seed, device_specific=True)
+
+    def build_noise_scheduler(self) -> TokenDDPMScheduler:
+        """The noise schedule of the loss, and the sampler that is saved."""
+        args, settings = self.args, {}
+        if args.pretrained_model_name_or_path is not None:
+            settings = TokenDDPMScheduler.load_config(args.pretrained_model_name_or_path, subfolder="scheduler")
+        # Young models need the first steps of the sampler left out.
+        settings["max_timestep"] = args.max_timestep or settings.get("max_timestep", 950)
+        return TokenDDPMScheduler.from_config(settings)
+
+    def batches(self) -> DataLoader:
+        """This process' batches from the current position on."""
+        accelerator, args = self.accelerator, self.args
+        sampler = TrainingBatches(
+            len(self.dataset),
+            args.train_batch_size,
+            args.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+            self.progress.position,
+        )
+        return DataLoader(
+            PositionedDataset(self.dataset),
+            batch_sampler=sampler,
+            collate_fn=Collator(args),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+            # Its own: an iterator over batches takes a number from the global state, which dropout draws from.
+            generator=torch.Generator(),
+        )
+
+    def loss(self, batch: dict[str, torch.Tensor], batch_number: int) -> torch.Tensor:
+        """The training loss of a batch, drawing everything random from the examples' own generators."""
+        device = self.accelerator.device
+        generators = example_generators(self.args.seed, batch["position"], device)
+        tokens, labels = encode(batch, self.tokenizer, generators, device)
+        return self.model(
+            tokens,
+            class_labels=labels if self.names else None,
+            num_masked=draw_num_masked(self.args, self.config, batch_number, self.accelerator.process_index),
+            noise_scheduler=self.noise_scheduler,
+            generator=generators,
+        ).loss
+
+    def step(self, batches: Sequence[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step from as many batches as are accumulated: (loss, norm of the gradient), no waiting."""
+        accelerator, args = self.accelerator, self.args
+        losses, norm = [], None
+        for number, batch in enumerate(batches):
+            with accelerator.accumulate(self.model):
+                loss = self.loss(batch, self.progress.step * args.gradient_accumulation_steps + number)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.trained, args.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            losses.append(loss.detach())
+        if not accelerator.optimizer_step_was_skipped:
+            self.lr_scheduler.step()
+        self.ema.step(self.trained)
+        self.progress.step += 1
+        self.progress.position += args.train_batch_size * accelerator.num_processes * len(batches)
+        return torch.stack(losses).mean(), torch.as_tensor(norm, device=loss.device)
+
+    def check_losses(self, losses: torch.Tensor) -> None:
+        """Stop where a loss of the last steps is not finite.
+
+        Args:
+            losses (`torch.Tensor` of shape `(steps,)`): of the last steps, means of all processes.
+
+        Raises:
+            FloatingPointError: naming the step, its examples and the last checkpoint.
+        """
+        finite = losses.isfinite().tolist()
+        if all(finite):
+            return
+        step = self.progress.step - len(finite) + finite.index(False) + 1
+        size = self.args.train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
+        order = TrainingBatches(len(self.dataset), 1, self.args.seed)
+        last = self.progress.position - (self.progress.step - step) * size
+        examples = [order.index_at(position) for position in range(last - size, last)]
+        checkpoint = next(reversed(list_checkpoints(self.args.output_dir)), "none")
+        raise FloatingPointError(
+            f"The loss is {losses[finite.index(False)].item()} at step {step}. Its examples: {examples}. Last good "
+            f"checkpoint: {checkpoint}. Try a lower learning rate, or bf16 instead of fp16."
+        )
+
+    def averaged_model(self) -> PreTrainedModel | None:
+        """A copy of the model with the averaged weights, on the main process; every process calls this."""
+        self.ema.store(self.trained)
+        self.ema.copy_to(self.trained)
+        state = self.accelerator.get_state_dict(self.model)
+        copy = None
+        if self.accelerator.is_main_process:
+            state = {name: value.detach().clone() for name, value in state.items()}
+            with torch.device("meta"):
+                copy = add_lora(self.args, type(self.plain_model())(self.config))
+            copy.load_state_dict(state, assign=True)
+            if self.args.lora_rank is not None:
+                with atomic_folder(pathlib.Path(self.args.output_dir, "lora"), overwrite=True) as folder:
+                    copy.save_pretrained(folder)
+                copy = copy.merge_and_unload()
+            copy = copy.to(self.accelerator.device).eval()
+        self.ema.restore(self.trained)
+        return copy
+
+    def plain_model(self) -> PreTrainedModel:
+        """The model without wrappers."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model if self.args.lora_rank is None else model.get_base_model()
+
+    def build_pipeline(self, model: PreTrainedModel) -> MARPipeline:
+        """The pipeline that is saved."""
+        tokenizer = self.tokenizer
+        if self.from_latents:
+            tokenizer = load_tokenizer(self.args, self.dataset, weights=True).to(model.device)
+        defaults = json.loads(self.args.generation_defaults)
+        if "num_inference_steps" in defaults:
+            defaults["num_inference_steps"] = min(defaults["num_inference_steps"], self.config.num_tokens)
+        return MARPipeline(
+            transformer=model,
+            vae=tokenizer,
+            scheduler=self.noise_scheduler,
+            id2label=dict(enumerate(self.names)) if self.names else None,
+            generation_defaults=defaults,
+        )
+
+    @torch.no_grad()
+    def validation_loss(self, model: PreTrainedModel) -> float:
+        """Loss of averaged weights without dropout, always on the same (at most 256) examples with the same draws."""
+        chosen = torch.linspace(0, len(self.dataset) - 1, min(256, len(self.dataset))).long().tolist()
+        keys = [(index, number) for number, index in enumerate(chosen)]
+        dataset, collate, losses = PositionedDataset(self.dataset), Collator(self.args), []
+        for first in range(0, len(keys), self.args.train_batch_size):
+            batch = collate(dataset.__getitems__(keys[first : first + self.args.train_batch_size]))
+            generators = example_generators(self.args.seed, batch["position"], model.device, stream=3)
+            tokens, labels = encode(batch, self.tokenizer, generators, model.device)
+            num_masked = draw_num_masked(self.args, self.config, first, 0)
+            mask = sample_mask(len(tokens), self.config.num_tokens, num_masked, generators).to(model.device)
+            labels = labels if self.names else None
+            output = model(tokens, mask, labels, self.noise_scheduler, num_masked=num_masked, generator=generators)
+            losses += [output.loss] * len(tokens)
+        return torch.stack(losses).mean().item()
+
+    def sample_grid(self, pipe: MARPipeline) -> Image.Image:
+        """A row of samples for each of at most 40 classes, or one row; the same seeds every time."""
+        columns = self.args.validation_images
+        rows = min(40, len(self.names)) if self.names else 1
+        classes = torch.linspace(0, len(self.names or "-") - 1, rows).long().tolist()
+        seeds = [(number, 1000 * number + column) for number in classes for column in range(columns)]
+        images = []
+        for first in range(0, len(seeds), self.args.train_batch_size):
+            labels, numbers = zip(*seeds[first : first + self.args.train_batch_size], strict=True)
+            images += pipe(
+                class_labels=list(labels) if self.names else None,
+                num_images_per_prompt=1 if self.names else len(labels),
+                generator=[torch.Generator().manual_seed(number) for number in numbers],
+            ).images
+        return make_image_grid(images, rows=rows, cols=columns, resize=max(64, self.args.resolution))
+
+    def validate(self) -> None:
+        """Save the pipeline with its card and samples, and the curves; every process calls this."""
+        model = self.averaged_model()
+        if model is not None:
+            args, step, folder = self.args, self.progress.step, pathlib.Path(self.args.output_dir)
+            pipe = self.build_pipeline(model)
+            pipe.set_progress_bar_config(disable=True)
+            validation_loss = self.validation_loss(model)
+            self.progress.history[-1]["validation_loss"] = validation_loss
+            self.accelerator.log({"validation_loss": validation_loss}, step=step)
+            grid = self.sample_grid(pipe)
+            (folder / "samples").mkdir(exist_ok=True)
+            grid.save(folder / "samples" / f"step_{step:06d}.png")
+            for tracker in self.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    tracker.log_images(
+                        {"samples": np.asarray(grid)[None]}, step=step, **IMAGE_FORMAT.get(tracker.name, {})
+                    )
+            write_curves(self.progress.history, folder)
+            with atomic_folder(folder / "pipeline", overwrite=True) as target:
+                pipe.save_pretrained(target)
+                grid.save(pathlib.Path(target, "samples.png"))
+                shutil.copy(folder / "loss.png", target)
+                card = build_model_card(
+                    args.hub_model_id or str(folder / "pipeline"), self.description(), class_names=self.names
+                )
+                card.save(pathlib.Path(target, "README.md"))
+        self.accelerator.wait_for_everyone()
+
+    def description(self) -> str:
+        """What the card says about the training."""
+        args, defaults = self.args, Arguments(output_dir="")
+        batch = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        skipped = (
+            "output_dir",
+            "train_data_dir",
+            "hub_model_id",
+            "hub_token",
+            "push_to_hub",
+            "resume_from_checkpoint",
+        )
+        table = "".join(
+            f"| {name} | `{value}` |\n"
+            for name, value in asdict(args).items()
+            if name not in skipped and value != getattr(defaults, name)
+        )
+        row = self.progress.history[-1]
+        return (
+            f"{self.num_params / 1e6:.1f} million parameters, trained with mar_hf's `examples/train.py` on "
+            f"{len(self.dataset)} examples for {self.progress.step} steps of {batch} pictures of {args.resolution} x "
+            f"{args.resolution} pixels. Loss {row['loss']:.4f}; of the averaged weights, which these are, "
+            f"{row['validation_loss']:.4f}.\n\n![samples](samples.png)\n\n![loss](loss.png)\n\n## Training\n\n"
+            f"| setting | value |\n|---|---|\n{table}"
+        )
+
+    def flush(self, losses: list[torch.Tensor], norm: torch.Tensor) -> dict[str, float]:
+        """Note the mean loss of the last steps, which waits for the device."""
+        means = self.accelerator.reduce(torch.stack(losses), "mean")
+        self.check_losses(means)
+        row = {
+            "step": self.progress.step,
+            "loss": means.mean().item(),
+            "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            "grad_norm": norm.item(),
+        }
+        self.progress.history.append(row)
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+        losses.clear()
+        return row
 
 
 def main(args: Arguments) -> None:
-    """Train, sampling and saving on the way."""
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        # A batch need not touch every parameter: the mask token where nothing is masked, say.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-    set_seed(args.seed)
-    generator = torch.Generator(accelerator.device).manual_seed(args.seed + accelerator.process_index)
-    augment_generator = torch.Generator().manual_seed(args.seed + accelerator.process_index)
+    """Train, saving and sampling on the way."""
+    logging.basicConfig(level=logging.WARNING)
+    trainer = Trainer(args)
+    accelerator, progress = trainer.accelerator, trainer.progress
+    if args.resume_from_checkpoint is not None:
+        loaded = load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
+        trainer.ema.to(accelerator.device)
+        logger.warning(f"Going on from {loaded}." if loaded else "No checkpoint yet: starting from the beginning.")
+    pathlib.Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    accelerator.init_trackers("mar_hf", {k: v for k, v in asdict(args).items() if v is not None and "token" not in k})
 
-    dataset = load_image_dataset(args.train_data_dir)
-    feature = dataset.features.get("label")
-    names = feature.names if isinstance(feature, ClassLabel) else None
-    if len(dataset) < args.train_batch_size:
-        raise ValueError(f"{len(dataset)} pictures are fewer than `train_batch_size` {args.train_batch_size}.")
-    loader = DataLoader(
-        dataset.with_transform(ImageTransform(args.resolution)),
-        args.train_batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=args.dataloader_num_workers,
-        persistent_workers=args.dataloader_num_workers > 0,
-    )
-    tokenizer = build_tokenizer(args, loader).requires_grad_(False).to(accelerator.device)
-    model = build_model(args, tokenizer, len(names) if names else 1)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    num_params = sum(p.numel() for p in model.parameters())
-    noise_scheduler = TokenDDPMScheduler(max_timestep=args.max_timestep)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.adam_weight_decay),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-    )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
-    )
-    model, optimizer, loader, lr_scheduler = accelerator.prepare(model, optimizer, loader, lr_scheduler)
-    model.train()
-    unwrapped = accelerator.unwrap_model(model)
-    ema = EMAModel(unwrapped.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
-
-    def save_and_sample(step: int) -> None:
-        ema.store(unwrapped.parameters())
-        ema.copy_to(unwrapped.parameters())
-        pipe = MARPipeline(
-            transformer=unwrapped.eval(),
-            vae=tokenizer,
-            scheduler=noise_scheduler,
-            id2label=dict(enumerate(names)) if names else None,
-            generation_defaults={
-                "num_inference_steps": min(args.num_inference_steps, unwrapped.config.num_tokens),
-                "num_diffusion_steps": args.num_diffusion_steps,
-                "guidance_scale": args.guidance_scale,
-            },
-        )
-        pipe.set_progress_bar_config(disable=True)
-        validate(args, pipe, step, num_params)
-        ema.restore(unwrapped.parameters())
-        unwrapped.train()
-
-    step, losses, recent = 0, [], []
-    progress = tqdm(total=args.max_train_steps, disable=not accelerator.is_main_process)
-    for batch in endless(loader):
-        with accelerator.accumulate(model):
-            pictures = augment(batch["pixel_values"], augment_generator, args.random_flip, args.random_shift)
-            with torch.no_grad():
-                tokens = tokenizer.encode(pictures, generator=generator).tokens
-            labels = batch["label"] if names else None
-            loss = model(tokens, class_labels=labels, noise_scheduler=noise_scheduler, generator=generator).loss
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
-            lr_scheduler.step()
-            optimizer.zero_grad()
-        recent.append(loss.detach())
-        if not accelerator.sync_gradients:
-            continue
-        ema.step(unwrapped.parameters())
-        step += 1
-        progress.update()
-        last = step == args.max_train_steps
-        if step % 20 == 0 or last:
-            mean = accelerator.reduce(torch.stack(recent).mean(), "mean").item()
-            recent.clear()
-            losses.append((step, mean))
-            progress.set_postfix(loss=f"{mean:.4f}", lr=f"{lr_scheduler.get_last_lr()[0]:.2e}")
-        if (step % args.validation_steps == 0 or last) and accelerator.is_main_process:
-            save_and_sample(step)
-            plot_loss(losses, pathlib.Path(args.output_dir))
-        if last:
-            break
+    losses: list[torch.Tensor] = []
+    batches = iter(trainer.batches())
+    bar = tqdm(initial=progress.step, total=args.max_train_steps, disable=not accelerator.is_main_process)
+    while progress.step < args.max_train_steps:
+        loss, norm = trainer.step([next(batches) for _ in range(args.gradient_accumulation_steps)])
+        losses.append(loss)
+        bar.update()
+        last = progress.step == args.max_train_steps
+        save = last or progress.step % args.checkpointing_steps == 0
+        validate = last or progress.step % args.validation_steps == 0
+        if save or validate or progress.step % args.logging_steps == 0:
+            row = trainer.flush(losses, norm)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['learning_rate']:.2e}")
+        if validate:
+            trainer.validate()
+        if save:
+            save_checkpoint(accelerator, args.output_dir, progress.step, args.checkpoints_total_limit)
+    bar.close()
+    if args.push_to_hub and accelerator.is_main_process:
+        name = args.hub_model_id or pathlib.Path(args.output_dir).resolve().name
+        api = HfApi(token=args.hub_token)
+        repo_id = api.create_repo(name, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repo_id, folder_path=pathlib.Path(args.output_dir, "pipeline"))
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    main(parse_arguments(Arguments))
