@@ -2,25 +2,39 @@
 """Reading pictures for the training scripts: folders and datasets in, (B, 3, H, W) tensors in [-1, 1] out."""
 
 import pathlib
+import warnings
+from functools import partial
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image as PILImage
+
+from mar_hf.utils import check_generator, draw
+
+
+SPLITS = {"train", "validation", "valid", "val", "dev", "test"}
 
 
 def load_image_dataset(path: str) -> Dataset:
     """The training split of a folder of pictures.
 
+    Nothing but the folder is read: pictures stay undecoded until [`ImageTransform`] asks for them, and no host is told
+    of it. Class folders without pictures are skipped with a warning; the other classes are numbered in the order of
+    their names.
+
     Args:
-        path (`str`): a folder with one sub-folder a class (`imagefolder`, with or without a `train` level), one of
-            parquet files, or what `Dataset.save_to_disk` wrote.
+        path (`str`): a folder with one sub-folder a class (with or without a `train` level; a single class or
+            folders inside class folders give no labels), one of parquet files, or what `Dataset.save_to_disk` wrote.
 
     Returns:
-        `Dataset`: with a column `image`, and `label` (a `ClassLabel`) where the data has classes.
+        `Dataset`: columns `image` (undecoded), `row` (its number, for messages), and `label` (a `ClassLabel`) where
+        the data has classes. A column of integers gets the classes 0 to the largest, one of strings their sorted
+        values.
 
     Raises:
-        ValueError: if the folder does not exist or holds no pictures to train on.
+        ValueError: if the folder does not exist or holds no pictures to train on, or a label is out of range.
     """
     folder = pathlib.Path(path)
     if not folder.is_dir():
@@ -29,14 +43,81 @@ def load_image_dataset(path: str) -> Dataset:
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
             dataset = load_from_disk(path)
             dataset = dataset["train"] if isinstance(dataset, DatasetDict) else dataset
+        elif any(folder.rglob("*.parquet")):
+            dataset = load_dataset(str(folder.resolve()), split="train")
         else:
-            kind = "parquet" if any(folder.rglob("*.parquet")) else "imagefolder"
-            dataset = load_dataset(kind, data_dir=path, split="train")
+            dataset = _load_folders(folder)
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise ValueError(f"`train_data_dir` {path!r} holds no pictures to train on: {error}") from error
-    if "image" not in dataset.column_names or len(dataset) == 0:
+    if "image" not in dataset.column_names:
         raise ValueError(f"`train_data_dir` {path!r} holds no column `image`, only {dataset.column_names}.")
-    return dataset.cast_column("image", Image(mode=None))
+    if len(dataset) == 0:
+        raise ValueError(f"`train_data_dir` {path!r} holds no pictures to train on.")
+    dataset = dataset.select_columns([name for name in ("image", "label") if name in dataset.column_names])
+    dataset = dataset.cast_column("image", Image(decode=False)).add_column("row", np.arange(len(dataset)))
+    return _with_classes(dataset, path) if "label" in dataset.column_names else dataset
+
+
+def _load_folders(folder: pathlib.Path) -> Dataset:
+    # `load_dataset("imagefolder")` takes classes named "test" or "val 2" for splits, and reports its use to a server.
+    folders = {child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")}
+    if folders and folders <= SPLITS:
+        if "train" not in folders:
+            raise ValueError(f"it has no split 'train', only {sorted(folders)}")
+        return _load_folders(folder / "train")
+    builder = ImageFolder(base_path=str(folder.resolve()), data_files={"train": "**"})
+    builder.download_and_prepare()
+    dataset = builder.as_dataset("train")
+
+    def is_empty(name: str) -> bool:
+        return not any(file.suffix.lower() in ImageFolder.EXTENSIONS for file in (folder / name).rglob("*"))
+
+    empty = sorted(filter(is_empty, folders))
+    if empty:
+        warnings.warn(f"{str(folder)!r} has folders without pictures, which are skipped: {empty}.", stacklevel=3)
+    if len(folders) - len(empty) > 1 and "label" not in dataset.column_names:
+        warnings.warn(f"{str(folder)!r} has pictures at several depths, so its folders are no classes.", stacklevel=3)
+    return dataset
+
+
+def _with_classes(dataset: Dataset, path: str) -> Dataset:
+    feature, labels = dataset.features["label"], dataset.data.column("label").to_pylist()
+    known = [label for label in labels if label is not None]
+    if isinstance(feature, ClassLabel):
+        names = feature.names
+    elif known and all(isinstance(label, int) for label in known):
+        # More classes than pictures: no class numbers.
+        names = [str(number) for number in range(min(max(known) + 1, len(labels)))]
+    elif known and all(isinstance(label, str) for label in known):
+        names = sorted(set(known))
+        numbers = {name: number for number, name in enumerate(names)}
+        labels = [numbers.get(label) for label in labels]
+    else:
+        raise ValueError(f"`train_data_dir` {path!r}: `label` has to hold class numbers or names, not {feature}.")
+    for row, label in enumerate(labels):
+        if label is None or not 0 <= label < len(names):
+            where = describe(dataset[row]["image"], row)
+            raise ValueError(f"`train_data_dir` {path!r}: label {label} of {where} is not in 0..{len(names) - 1}.")
+    used = set(labels)
+    unused = [name for number, name in enumerate(names) if number not in used]
+    if unused:
+        warnings.warn(f"{path!r} has {len(unused)} classes without pictures, {unused[:5]} say.", stacklevel=3)
+    if isinstance(feature, ClassLabel):
+        return dataset
+    return dataset.remove_columns("label").add_column("label", labels, feature=ClassLabel(names=names))
+
+
+def describe(value: dict, row: int) -> str:
+    """What messages call a picture: its file and its row.
+
+    Args:
+        value (`dict`): undecoded, with `path` and `bytes`.
+        row (`int`): its number.
+
+    Returns:
+        `str`: such as `'cats/3.png' (row 17)`.
+    """
+    return f"{value['path']!r} (row {row})" if value.get("path") else f"row {row}"
 
 
 def center_crop(picture: PILImage.Image, size: int) -> PILImage.Image:
@@ -67,7 +148,9 @@ def center_crop(picture: PILImage.Image, size: int) -> PILImage.Image:
 
 
 class ImageTransform:
-    """Rows of a `Dataset` to `pixel_values` (3, H, W) in [-1, 1] and `label`.
+    """Rows of [`load_image_dataset`] to `pixel_values` (3, H, W) in [-1, 1] and `label` (-1 without classes).
+
+    Pictures are turned as their EXIF data says, cropped to their central square and resized, the small ones up.
 
     Args:
         resolution (`int`): side of the pictures in pixels.
@@ -75,36 +158,62 @@ class ImageTransform:
 
     def __init__(self, resolution: int):
         self.resolution = resolution
+        self.feature = Image()
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
-        pictures = [np.asarray(center_crop(picture, self.resolution)) for picture in rows["image"]]
-        pixel_values = [torch.from_numpy(p.copy()).permute(2, 0, 1).float() / 127.5 - 1 for p in pictures]
-        return {"pixel_values": pixel_values, "label": rows.get("label", [-1] * len(pictures))}
+        pixel_values = [self.read(value, row) for value, row in zip(rows["image"], rows["row"], strict=True)]
+        return {"pixel_values": pixel_values, "label": rows.get("label", [-1] * len(pixel_values))}
+
+    def read(self, value: dict, row: int) -> torch.Tensor:
+        """One picture.
+
+        Args:
+            value (`dict`): undecoded, with `path` and `bytes`.
+            row (`int`): its number, for the message.
+
+        Returns:
+            `torch.Tensor` of shape `(3, resolution, resolution)`: float32 in [-1, 1].
+
+        Raises:
+            ValueError: if it can't be read; names it.
+        """
+        try:
+            picture = center_crop(self.feature.decode_example(value), self.resolution)
+        # Pillow raises nearly everything on broken files.
+        except Exception as error:
+            raise ValueError(f"The picture {describe(value or {}, row)} can't be read: {error}") from error
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def augment(
-    pixel_values: torch.Tensor, generator: torch.Generator, flip: bool = False, shift: int = 0
+    pixel_values: torch.Tensor,
+    generator: torch.Generator | list[torch.Generator],
+    flip: bool = False,
+    shift: int = 0,
 ) -> torch.Tensor:
     """Random mirror images and shifts, drawn per picture.
 
     Args:
         pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): the pictures.
-        generator (`torch.Generator`): a CPU generator; the only source of randomness.
+        generator (`torch.Generator` or `list[torch.Generator]`): one, or one per picture, on the CPU; the only source
+            of randomness.
         flip (`bool`, *optional*, defaults to `False`): mirror half of them left to right.
         shift (`int`, *optional*, defaults to 0): move by up to so many pixels each way, repeating the edge.
 
     Returns:
         `torch.Tensor` of the same shape.
+
+    Raises:
+        ValueError: if a list does not hold one generator per picture.
     """
     batch, _, height, width = pixel_values.shape
+    check_generator(generator, batch)
     if flip:
-        mirrored = torch.rand(batch, generator=generator) < 0.5
-        pixel_values = torch.where(
-            mirrored.to(pixel_values.device)[:, None, None, None], pixel_values.flip(3), pixel_values
-        )
+        mirrored = draw(torch.rand, (batch,), generator, pixel_values.device) < 0.5
+        pixel_values = torch.where(mirrored[:, None, None, None], pixel_values.flip(3), pixel_values)
     if shift:
         padded = torch.nn.functional.pad(pixel_values, (shift,) * 4, mode="replicate")
-        offsets = torch.randint(0, 2 * shift + 1, (batch, 2), generator=generator).tolist()
+        offsets = draw(partial(torch.randint, 0, 2 * shift + 1), (batch, 2), generator, "cpu").tolist()
         crops = [picture[:, y : y + height, x : x + width] for picture, (y, x) in zip(padded, offsets, strict=True)]
         pixel_values = torch.stack(crops)
     return pixel_values

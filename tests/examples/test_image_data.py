@@ -2,14 +2,20 @@
 """Reading pictures: every layout of a folder, every kind of picture, and what the training scripts make of them."""
 
 import importlib.util
+import io
+import shutil
+import socket
+import warnings
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
+
+from common import seeded
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "image_data.py"
@@ -30,9 +36,14 @@ MEANS = {"clear": (255, 255, 255), "grey": (128, 128, 128), "palette": BLUE}
 
 
 @pytest.fixture(autouse=True)
-def nothing_counts_our_use(monkeypatch):
-    # datasets reports every `load_dataset` to a server of its authors.
-    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+def no_host_is_asked(monkeypatch):
+    # datasets reports what it takes for its own loaders to a server of its authors, and swallows what goes wrong then.
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host) or [])
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    yield
+    assert not asked
 
 
 def write(folder, names=tuple(PICTURES)):
@@ -51,6 +62,13 @@ def as_flat_folder(folder):
 def as_folder_with_splits(folder):
     write(folder / "train")
     write(folder / "test", ["grey"])
+
+
+def as_folder_with_captions(folder):
+    write(folder)
+    for picture in list(folder.rglob("*.png")):
+        picture.with_suffix(".txt").write_text("a picture")
+        picture.with_suffix(".caption").write_text("a picture")
 
 
 def as_parquet(folder):
@@ -88,6 +106,7 @@ def as_saved_splits(folder):
     [
         as_flat_folder,
         as_folder_with_splits,
+        as_folder_with_captions,
         as_parquet,
         as_parquet_with_splits,
         as_saved_dataset,
@@ -99,6 +118,7 @@ def test_every_layout_gives_the_same_pictures_and_labels(tmp_path, layout):
     dataset = image_data.load_image_dataset(str(folder))
     assert isinstance(dataset.features["label"], ClassLabel)
     assert dataset.features["label"].names == sorted(PICTURES)
+    assert dataset["row"][:] == list(range(7))
     rows = dataset.with_transform(image_data.ImageTransform(8))[:]
     assert rows["label"] == [0, 0, 1, 1, 1, 2, 2]
     for label, pixel_values in zip(rows["label"], rows["pixel_values"], strict=True):
@@ -110,14 +130,19 @@ def test_every_layout_gives_the_same_pictures_and_labels(tmp_path, layout):
 def test_pictures_without_classes(tmp_path):
     PICTURES["grey"][0].save(tmp_path / "0.png")
     dataset = image_data.load_image_dataset(str(tmp_path))
-    assert dataset.column_names == ["image"]
+    assert dataset.column_names == ["image", "row"]
     assert dataset.with_transform(image_data.ImageTransform(8))[:]["label"] == [-1]
 
 
 def saved_without_images(folder):
     dataset = image_data.load_image_dataset(str(write(folder / "source")))
-    dataset.remove_columns("image").save_to_disk(str(folder / "saved"))
+    dataset.select_columns("label").save_to_disk(str(folder / "saved"))
     return folder / "saved"
+
+
+def only_a_test_split(folder):
+    write(folder / "test")
+    return folder
 
 
 def saved_without_train(folder):
@@ -137,6 +162,7 @@ def text_only(folder):
         (lambda folder: folder / "missing", "is not a folder"),
         (lambda folder: folder, "holds no pictures to train on"),
         (text_only, "holds no pictures to train on"),
+        (only_a_test_split, r"holds no pictures to train on: it has no split 'train', only \['test'\]"),
         (saved_without_train, "holds no pictures to train on: 'train'"),
         (saved_without_images, r"holds no column `image`, only \['label'\]"),
     ],
@@ -146,6 +172,139 @@ def test_folders_that_can_not_be_used(tmp_path, make, message):
     with pytest.raises(ValueError, match=message) as error:
         image_data.load_image_dataset(str(folder))
     assert f"`train_data_dir` {str(folder)!r}" in str(error.value)
+
+
+# Folders and labels that are not what they should be
+
+
+def test_empty_class_folders_are_named_and_skipped(tmp_path):
+    write(tmp_path)
+    for name in ("a_first", "middle/inside", ".hidden"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "middle" / "notes.txt").write_text("no picture")
+    with pytest.warns(UserWarning, match=r"folders without pictures, which are skipped: \['a_first', 'middle'\]"):
+        dataset = image_data.load_image_dataset(str(tmp_path))
+    # The names go with the numbers.
+    names = dataset.features["label"].names
+    assert names == sorted(PICTURES)
+    paths = [Path(value["path"]) for value in dataset["image"]]
+    assert [names[label] for label in dataset["label"]] == [path.parent.name for path in paths]
+
+
+def test_pictures_at_several_depths_have_no_classes(tmp_path):
+    write(tmp_path)
+    (tmp_path / "grey" / "inside").mkdir()
+    PICTURES["grey"][0].save(tmp_path / "grey" / "inside" / "0.png")
+    with pytest.warns(UserWarning, match="pictures at several depths, so its folders are no classes"):
+        dataset = image_data.load_image_dataset(str(tmp_path))
+    assert len(dataset) == 8 and "label" not in dataset.column_names
+
+
+def test_classes_may_have_the_names_of_splits(tmp_path):
+    for name in ("test tube", "train", "val 2", "zebra"):
+        shutil.copytree(write(tmp_path / "source" / name, ["grey"]) / "grey", tmp_path / "data" / name)
+    with warnings.catch_warnings(action="error"):
+        dataset = image_data.load_image_dataset(str(tmp_path / "data"))
+    assert dataset.features["label"].names == ["test tube", "train", "val 2", "zebra"] and len(dataset) == 12
+
+
+def png(picture):
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return file.getvalue()
+
+
+def labelled(folder, labels, feature):
+    """A folder of parquet with a grey picture for each label."""
+    rows = {"image": [{"bytes": png(PICTURES["grey"][0]), "path": None}] * len(labels), "label": labels}
+    folder.mkdir()
+    features = Features({"image": datasets.Image(), "label": feature})
+    Dataset.from_dict(rows, features=features).to_parquet(str(folder / "pictures.parquet"))
+    return str(folder)
+
+
+def test_numbers_and_names_become_classes(tmp_path):
+    dataset = image_data.load_image_dataset(
+        labelled(tmp_path / "numbers", [2, 0, 1, 10, *range(3, 10)], Value("int64"))
+    )
+    assert dataset.features["label"].names == [str(number) for number in range(11)]
+    assert dataset["label"][:] == [2, 0, 1, 10, *range(3, 10)]
+    dataset = image_data.load_image_dataset(
+        labelled(tmp_path / "names", ["cat", "ant", "bee", "cat"], Value("string"))
+    )
+    assert dataset.features["label"].names == ["ant", "bee", "cat"]
+    assert dataset["label"][:] == [2, 0, 1, 2]
+    with pytest.warns(UserWarning, match=r"has 1 classes without pictures, \['0'\] say"):
+        image_data.load_image_dataset(labelled(tmp_path / "from one on", [1, 2, 3, 3], Value("int64")))
+
+
+@pytest.mark.parametrize(
+    "labels, feature, message",
+    [
+        ([0, 1, 7, 1], Value("int64"), r"label 7 of row 2 is not in 0\.\.3"),
+        ([0, 1, 1, -1], Value("int64"), r"label -1 of row 3 is not in 0\.\.1"),
+        ([0, -1, 1], ClassLabel(num_classes=2), r"label -1 of row 1 is not in 0\.\.1"),
+        ([0, None, 1], ClassLabel(num_classes=2), r"label None of row 1 is not in 0\.\.1"),
+        ([None, 0, 1], Value("int64"), r"label None of row 0 is not in 0\.\.1"),
+        (["cat", None], Value("string"), r"label None of row 1 is not in 0\.\.0"),
+        ([0.5, 1.0], Value("float32"), r"`label` has to hold class numbers or names, not Value\('float32'\)"),
+    ],
+)
+def test_labels_out_of_range(tmp_path, labels, feature, message):
+    path = labelled(tmp_path / "data", labels, feature)
+    with pytest.raises(ValueError, match=message) as error:
+        image_data.load_image_dataset(path)
+    assert f"`train_data_dir` {path!r}" in str(error.value)
+
+
+def test_a_label_out_of_range_is_named_by_its_file(tmp_path):
+    PICTURES["grey"][0].save(tmp_path / "0.png")
+    PICTURES["grey"][1].save(tmp_path / "1.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,0\n1.png,-2\n")
+    with pytest.raises(ValueError, match=r"label -2 of '.*1\.png' \(row 1\) is not in 0\.\.0"):
+        image_data.load_image_dataset(str(tmp_path))
+
+
+# Pictures
+
+
+def truncated(data):
+    return data[: len(data) // 2]
+
+
+@pytest.mark.parametrize("damage", [truncated, lambda data: b"", lambda data: b"not a picture"])
+def test_pictures_that_can_not_be_read_are_named(tmp_path, damage):
+    write(tmp_path)
+    broken = tmp_path / "grey" / "1.png"
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    broken.write_bytes(damage(png(Image.fromarray(noise))))
+    dataset = image_data.load_image_dataset(str(tmp_path)).with_transform(image_data.ImageTransform(8))
+    row = next(i for i, label in enumerate(dataset["label"]) if label == 1) + 1
+    with pytest.raises(ValueError, match=rf"The picture '{broken}' \(row {row}\) can't be read"):
+        dataset.__getitems__(list(range(len(dataset))))
+    assert len(dataset.__getitems__([i for i in range(len(dataset)) if i != row])) == 6
+
+
+def test_pictures_that_can_not_be_read_are_named_by_their_row(tmp_path):
+    rows = [{"bytes": png(PICTURES["grey"][0]), "path": None}, {"bytes": b"not a picture", "path": None}, None]
+    features = Features({"image": datasets.Image()})
+    Dataset.from_dict({"image": rows}, features=features).to_parquet(str(tmp_path / "pictures.parquet"))
+    dataset = image_data.load_image_dataset(str(tmp_path)).with_transform(image_data.ImageTransform(8))
+    assert dataset[0]["pixel_values"].shape == (3, 8, 8)
+    for row in (1, 2):
+        with pytest.raises(ValueError, match=f"The picture row {row} can't be read"):
+            dataset[row]
+
+
+def test_pictures_are_turned_as_their_camera_says(tmp_path):
+    picture = Image.new("RGB", (16, 16), RED)
+    picture.paste(GREEN, (0, 0, 16, 8))  # the upper half
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture.save(tmp_path / "0.png", exif=exif)
+    dataset = image_data.load_image_dataset(str(tmp_path)).with_transform(image_data.ImageTransform(16))
+    pixel_values = dataset[0]["pixel_values"]
+    assert pixel_values[:, 0, 0].tolist() == [1, -1, -1] and pixel_values[:, -1, 0].tolist() == [-1, 1, -1]
 
 
 def test_the_middle_is_cut_out():
@@ -190,7 +349,8 @@ def test_colours_survive_the_conversion(picture, colour):
 
 
 def test_black_is_minus_one_and_white_is_one():
-    rows = {"image": [Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), "white")], "label": [5, 3]}
+    pictures = [png(Image.new("RGB", (4, 4), colour)) for colour in ("black", "white")]
+    rows = {"image": [{"bytes": data, "path": None} for data in pictures], "row": [0, 1], "label": [5, 3]}
     out = image_data.ImageTransform(4)(rows)
     assert [(p.min().item(), p.max().item()) for p in out["pixel_values"]] == [(-1, -1), (1, 1)]
     assert out["label"] == [5, 3]
@@ -245,3 +405,16 @@ def test_augmentation_depends_on_its_generator_only():
     torch.manual_seed(1)
     assert torch.equal(augmented(0), first)
     assert not torch.equal(augmented(1), first)
+
+
+def test_each_picture_follows_its_own_generator():
+    pictures = numbered_pictures(8)
+    together = image_data.augment(pictures, [seeded(number) for number in range(8)], flip=True, shift=2)
+    for number in range(8):
+        alone = image_data.augment(pictures[number : number + 1], [seeded(number)], flip=True, shift=2)
+        assert torch.equal(together[number : number + 1], alone)
+    # Not all alike: they do depend on it.
+    moved = [torch.equal(after, before) for after, before in zip(together, pictures, strict=True)]
+    assert sum(moved) < 4
+    with pytest.raises(ValueError, match=r"`generator` has to hold one generator per image \(8\), got 2"):
+        image_data.augment(pictures, [seeded(0), seeded(1)], flip=True)
