@@ -33,6 +33,7 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from huggingface_hub import HfApi
 from image_data import ImageTransform, augment, load_image_dataset
+from latent_data import load_latents
 from PIL import Image
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
@@ -220,9 +221,9 @@ def load_data(args: Arguments) -> tuple[torch.utils.data.Dataset, list[str] | No
     if (folder / "index.json").exists() or next(folder.glob("*/*.npz"), None):
         if args.random_shift:
             raise ValueError(f"`random_shift` {args.random_shift} does not go with cached latents.")
-        from latent_data import load_latents
-
         dataset = load_latents(args.train_data_dir)
+        if dataset.resolution not in (None, args.resolution):
+            raise ValueError(f"`resolution` {args.resolution} has to be that of the latents: {dataset.resolution}.")
         if args.random_flip and not dataset.has_flipped:
             raise ValueError("`random_flip` needs latents that were cached with `--random_flip`.")
         return dataset, dataset.class_names
@@ -399,7 +400,12 @@ class Trainer:
         )
         self.model, self.optimizer = accelerator.prepare(model.train(), optimizer)
         # Not prepared: accelerate's wrapper takes a step for every process.
-        self.lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+        )
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.ema = EMAModel(self.trained, decay=args.ema_decay, foreach=True)
         self.progress = Progress(len(self.dataset))
