@@ -79,6 +79,9 @@ class Arguments:
         default=None,
         metadata={"help": "image folder, parquet folder, saved dataset, or cached latents"},
     )
+    validation_data_dir: str | None = field(
+        default=None, metadata={"help": "examples not trained on, for the validation loss; default: of the data"}
+    )
     resolution: int = field(default=32, metadata={"help": "side of the pictures in pixels"})
     random_flip: bool = field(default=False, metadata={"help": "mirror half of the pictures"})
     random_shift: int = field(default=0, metadata={"help": "shift pictures by up to so many pixels"})
@@ -213,21 +216,21 @@ class Progress:
         vars(self).update(state)
 
 
-def load_data(args: Arguments) -> tuple[torch.utils.data.Dataset, list[str] | None]:
-    """The examples, and the names of their classes: pictures, or latents where `train_data_dir` holds such."""
-    if args.train_data_dir is None:
+def load_data(args: Arguments, path: str | None) -> tuple[torch.utils.data.Dataset, list[str] | None]:
+    """The examples, and the names of their classes: pictures, or latents where the folder holds such."""
+    if path is None:
         raise ValueError("`train_data_dir` has to be given.")
-    folder = pathlib.Path(args.train_data_dir)
+    folder = pathlib.Path(path)
     if (folder / "index.json").exists() or next(folder.glob("*/*.npz"), None):
         if args.random_shift:
             raise ValueError(f"`random_shift` {args.random_shift} does not go with cached latents.")
-        dataset = load_latents(args.train_data_dir)
+        dataset = load_latents(path)
         if dataset.resolution not in (None, args.resolution):
             raise ValueError(f"`resolution` {args.resolution} has to be that of the latents: {dataset.resolution}.")
         if args.random_flip and not dataset.has_flipped:
             raise ValueError("`random_flip` needs latents that were cached with `--random_flip`.")
         return dataset, dataset.class_names
-    dataset = load_image_dataset(args.train_data_dir)
+    dataset = load_image_dataset(path)
     feature = dataset.features.get("label")
     names = feature.names if isinstance(feature, ClassLabel) else None
     return dataset.with_transform(ImageTransform(args.resolution)), names
@@ -374,7 +377,12 @@ class Trainer:
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         set_seed(args.seed)
-        self.dataset, self.names = load_data(args)
+        self.dataset, self.names = load_data(args, args.train_data_dir)
+        self.validation_dataset = self.dataset
+        if args.validation_data_dir is not None:
+            self.validation_dataset, names = load_data(args, args.validation_data_dir)
+            if names != self.names:
+                raise ValueError(f"`validation_data_dir` has the classes {names}, not {self.names}.")
         global_batch = args.train_batch_size * accelerator.num_processes
         if len(self.dataset) < global_batch:
             raise ValueError(f"{len(self.dataset)} examples are fewer than a batch of all processes: {global_batch}.")
@@ -542,9 +550,9 @@ class Trainer:
     @torch.no_grad()
     def validation_loss(self, model: PreTrainedModel) -> float:
         """Loss of averaged weights without dropout, always on the same (at most 256) examples with the same draws."""
-        chosen = torch.linspace(0, len(self.dataset) - 1, min(256, len(self.dataset))).long().tolist()
+        dataset, collate, losses = PositionedDataset(self.validation_dataset), Collator(self.args), []
+        chosen = torch.linspace(0, len(dataset) - 1, min(256, len(dataset))).long().tolist()
         keys = [(index, number) for number, index in enumerate(chosen)]
-        dataset, collate, losses = PositionedDataset(self.dataset), Collator(self.args), []
         for first in range(0, len(keys), self.args.train_batch_size):
             batch = collate(dataset.__getitems__(keys[first : first + self.args.train_batch_size]))
             generators = example_generators(self.args.seed, batch["position"], model.device, stream=3)

@@ -280,6 +280,20 @@ def test_the_tracker_gets_losses_and_pictures(pictures, tmp_path):
     assert len(events.Images("samples")) == 1
 
 
+def test_the_validation_loss_is_that_of_the_examples_given(trained, pictures, tmp_path):
+    def validation_loss(folder):
+        return float(rows(folder)[-1]["validation_loss"])
+
+    same = run(pictures, tmp_path / "same", validation_data_dir=pictures)
+    assert validation_loss(same) == validation_loss(trained)
+    other = write_pictures(tmp_path / "data", ["cat", "dog", "owl"], 5, seed=1)
+    other = run(pictures, tmp_path / "other", validation_data_dir=other)
+    assert validation_loss(other) != validation_loss(trained) and equal(weights(other), weights(trained))
+    wrong = write_pictures(tmp_path / "wrong", ["cat", "dog"], 1)
+    with pytest.raises(ValueError, match=r"has the classes \['cat', 'dog'\], not \['cat', 'dog', 'owl'\]"):
+        run(pictures, tmp_path / "refused", validation_data_dir=wrong)
+
+
 def test_the_learning_rate_is_scaled_by_the_batch(pictures, tmp_path):
     run(pictures, tmp_path, scale_lr=True, gradient_accumulation_steps=2, max_train_steps=2)
     assert float(rows(tmp_path)[-1]["learning_rate"]) == pytest.approx(1e-2 * 8 / 256)
