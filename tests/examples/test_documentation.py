@@ -22,6 +22,7 @@ def known_options(script):
     """The options of a script, with `argparse` or with a dataclass of `HfArgumentParser`."""
     source = script.read_text(encoding="utf-8")
     fields = re.findall(r"^    (\w+): [^=\n]+ = field\(", source, re.MULTILINE)
+    fields += ["config"] if "parse_arguments(" in source else []
     return {f"--{name}" for name in fields} | set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source))
 
 

@@ -27,19 +27,30 @@ CLASSES = ["clock", "face", "heart"]
 PER_CLASS = 4
 SIZE = 16
 TWO_STEPS = ["--resolution", str(SIZE), "--train_batch_size", "4", "--max_train_steps", "2"]
+MODEL = {
+    "hidden_size": 16,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 1,
+    "num_attention_heads": 2,
+    "num_class_tokens": 2,
+    "head_config": {"num_layers": 1, "hidden_size": 16},
+}
 SMALL_MODEL = [
-    *("--hidden_size", "16", "--num_encoder_layers", "1", "--num_decoder_layers", "1", "--num_attention_heads", "2"),
-    *("--num_class_tokens", "2", "--head_num_layers", "1", "--head_hidden_size", "16", "--validation_images", "2"),
-    *("--num_inference_steps", "2", "--num_diffusion_steps", "2"),
+    *("--model_config", json.dumps(MODEL), "--validation_images", "2"),
+    *("--generation_defaults", '{"num_inference_steps": 2, "num_diffusion_steps": 2}'),
 ]
-# Script -> what makes the README's command small. The last of two equal options counts.
+# What a command of the README writes -> what makes that command small. The last of two equal options counts.
+EMOJI = ["--npz", "emoji.npz", "--size", str(SIZE), "--classes", *CLASSES]
 SMALL = {
-    "prepare_emoji.py": ["--npz", "emoji.npz", "--size", str(SIZE), "--classes", *CLASSES],
-    "train_tokenizer.py": [
+    "data/digits": [],
+    "out/digits": [*SMALL_MODEL, "--train_batch_size", "4", "--max_train_steps", "2"],
+    "data/emoji": EMOJI,
+    "data/emoji_all": EMOJI,
+    "out/tokenizer": [
         *TWO_STEPS,
         *("--block_out_channels", "8", "16", "--layers_per_block", "0", "1", "--latent_channels", "4"),
     ],
-    "train.py": [*TWO_STEPS, *SMALL_MODEL],
+    "out/mar": [*TWO_STEPS, *SMALL_MODEL],
 }
 PROGRAMS = {
     "python": [sys.executable],
@@ -56,11 +67,15 @@ def run(words, cwd, fails=False):
     return done.stderr if fails else done.stdout
 
 
-def readme_command(script):
-    """The README's command that runs a script, made small."""
-    found = [words for words in commands(ROOT / "README.md") if any(word.endswith(f"/{script}") for word in words)]
-    assert len(found) == 1, f"the README should run {script} once, it does {len(found)} times"
-    return [*found[0], *SMALL[script]]
+def run_readme(target, cwd):
+    """Run the README's command that writes a folder, made small, and return its output."""
+    found = [
+        words
+        for words in commands(ROOT / "README.md")
+        if words[0] in PROGRAMS and words[words.index("--output_dir") + 1 if "--output_dir" in words else 2] == target
+    ]
+    assert len(found) == 1, f"the README should write {target} once, it does {len(found)} times"
+    return run([*found[0], *SMALL[target]], cwd)
 
 
 @pytest.fixture(scope="module")
@@ -86,22 +101,15 @@ def workplace(tmp_path_factory):
 @pytest.fixture(scope="module")
 def emoji(workplace):
     """The folder of pictures of `prepare_emoji.py`."""
-    command = readme_command("prepare_emoji.py")
-    out = run(command, workplace)
-    assert out.startswith(f"{PER_CLASS * len(CLASSES)} pictures in ")
-    return workplace / command[2]
+    assert run_readme("data/emoji", workplace).startswith(f"{PER_CLASS * len(CLASSES)} pictures in ")
+    return workplace / "data" / "emoji"
 
 
 @pytest.fixture(scope="module")
 def trained(workplace, emoji):
     """What the README's training commands wrote, and what they printed: (tokenizer, model, output)."""
-    folders, out = [], ""
-    for script in ("train_tokenizer.py", "train.py"):
-        command = readme_command(script)
-        assert command[command.index("--train_data_dir") + 1] == str(emoji.relative_to(workplace))
-        out += run(command, workplace)
-        folders.append(workplace / command[command.index("--output_dir") + 1])
-    return (*folders, out)
+    out = "".join(run_readme(target, workplace) for target in ("data/emoji_all", "out/tokenizer", "out/mar"))
+    return workplace / "out" / "tokenizer", workplace / "out" / "mar", out
 
 
 def is_picture(image):
@@ -117,6 +125,14 @@ def test_prepare_emoji_writes_a_folder_a_class(emoji):
     pictures = [Image.open(path) for path in sorted((emoji / "train").rglob("*.png"))]
     assert len(pictures) == PER_CLASS * len(CLASSES)
     assert all(is_picture(picture) for picture in pictures)
+
+
+def test_digits_are_trained_on_as_the_readme_says(workplace):
+    assert run_readme("data/digits", workplace).startswith("1797 pictures in ")
+    run_readme("out/digits", workplace)
+    pipe = MARPipeline.from_pretrained(workplace / "out" / "digits" / "pipeline")
+    assert list(pipe.labels) == [str(digit) for digit in range(10)] and pipe.vae.autoencoder is None
+    assert pipe(class_labels=["7"], generator=torch.Generator().manual_seed(0)).images[0].size == (8, 8)
 
 
 def test_prepare_emoji_keeps_skin_tones_where_asked(workplace):
@@ -199,7 +215,7 @@ def test_train_tokenizer_with_a_variational_autoencoder(workplace, emoji, tmp_pa
 def test_train_refuses_too_few_pictures(workplace, emoji, tmp_path):
     words = ["python", "examples/train.py", "--train_data_dir", emoji, "--output_dir", tmp_path / "out"]
     error = last_line(run([*words, "--train_batch_size", "13"], workplace, fails=True))
-    assert error == "ValueError: 12 pictures are fewer than `train_batch_size` 13."
+    assert error == "ValueError: 12 examples are fewer than a batch of all processes: 13."
     assert not (tmp_path / "out").exists()
 
 
