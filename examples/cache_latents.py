@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encode a folder of pictures once, to train from it without the autoencoder.
+
+    accelerate launch examples/cache_latents.py --train_data_dir data/emoji --pretrained_tokenizer out/tokenizer \\
+        --resolution 32 --output_dir data/emoji_latents
+
+`output_dir` holds `shard-<number>.safetensors` with the moments of the posterior of every picture (and of its mirror
+image, with `--random_flip`) and its label, `index.json` with what they were made of, and a copy of the tokenizer.
+The shards do not depend on the number of processes. A run that was stopped goes on with the shards that are missing.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow.compute
+import torch
+from accelerate import Accelerator
+from datasets import ClassLabel, Dataset
+from image_data import ImageTransform, load_image_dataset
+from latent_data import DTYPES, INDEX, check_shard, shard_name, shard_sizes
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from training_utils import parse_arguments
+
+from mar_hf import ImageTokenizer
+from mar_hf.utils import atomic_folder
+
+
+@dataclass
+class Arguments:
+    """Settings of a cache."""
+
+    train_data_dir: str = field(metadata={"help": "image folder, parquet folder or saved dataset"})
+    pretrained_tokenizer: str = field(metadata={"help": "image tokenizer, folder or hub id"})
+    output_dir: str = field(metadata={"help": "where the latents go"})
+    resolution: int = field(default=256, metadata={"help": "side of the pictures in pixels"})
+    random_flip: bool = field(default=False, metadata={"help": "keep mirrored pictures too, for training with it"})
+    dtype: str = field(default="float32", metadata={"help": f"of what is stored: {', '.join(DTYPES)}"})
+    shard_size: int = field(default=1024, metadata={"help": "pictures a file"})
+    batch_size: int = field(default=64, metadata={"help": "pictures encoded at once"})
+    mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16; default: accelerate's"})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that read pictures"})
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"`dtype` has to be one of {list(DTYPES)}, got {self.dtype!r}.")
+        for name in ("shard_size", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
+
+
+def source_digest(dataset: Dataset, root: str) -> str:
+    """Digest of names, sizes and labels of all pictures, in order: pictures themselves are not read."""
+    digest = hashlib.blake2b(digest_size=16)
+    for table in dataset.with_format("arrow").iter(1000):
+        images = table["image"].combine_chunks()
+        paths = images.field("path").to_pylist()
+        sizes = pyarrow.compute.binary_length(images.field("bytes")).to_pylist()
+        labels = table["label"].to_pylist() if "label" in table.column_names else [None] * len(paths)
+        for path, size, label in zip(paths, sizes, labels, strict=True):
+            size = os.path.getsize(path) if size is None else size
+            name = os.path.relpath(path, root) if path and os.path.isabs(path) else path
+            digest.update(f"{name}\t{size}\t{label}\n".encode())
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: ImageTokenizer) -> str:
+    """Digest of settings and weights."""
+    config = tokenizer.config
+    settings = [config.autoencoder, config.patch_size, config.normalizer, config.shift_factor, config.scaling_factor]
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def build_index(args: Arguments, dataset: Dataset, tokenizer: ImageTokenizer, mixed_precision: str) -> dict[str, Any]:
+    """All that decides what the shards hold."""
+    if args.resolution % tokenizer.stride:
+        raise ValueError(f"`resolution` has to be a multiple of {tokenizer.stride}, got {args.resolution}.")
+    side = args.resolution // tokenizer.stride * tokenizer.config.patch_size
+    label = dataset.features.get("label")
+    moments = ["mean", "std"] if tokenizer.is_variational else ["mean"]
+    return {
+        "num_examples": len(dataset),
+        "shard_size": args.shard_size,
+        "class_names": label.names if isinstance(label, ClassLabel) else None,
+        "resolution": args.resolution,
+        "latent_shape": [tokenizer.latent_channels, side, side],
+        "tensors": moments + [f"{name}_flipped" for name in moments] * args.random_flip,
+        "dtype": args.dtype,
+        "mixed_precision": mixed_precision,
+        "scaling_factor": tokenizer.config.scaling_factor,
+        "shift_factor": tokenizer.config.shift_factor,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "source": source_digest(dataset, args.train_data_dir),
+    }
+
+
+def check_index(path: pathlib.Path, index: dict[str, Any]) -> None:
+    """Refuse to go on with a cache that was made of something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    other = [f"{name} was {found.get(name)}, is {index[name]}" for name in index if found.get(name) != index[name]]
+    if other:
+        raise ValueError(
+            f"`output_dir` {str(path.parent)!r} holds latents of another data set, tokenizer or setting "
+            f"({'; '.join(other)}). Choose another folder, or delete this one."
+        )
+
+
+@torch.inference_mode()
+def encode(batch: dict[str, Any], tokenizer: ImageTokenizer, index: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What a shard keeps of a batch."""
+    pixel_values = batch["pixel_values"].to(tokenizer.device, non_blocking=True)
+    result = {"label": batch["label"].long()}
+    for suffix in ("", "_flipped") if "mean_flipped" in index["tensors"] else ("",):
+        moments = tokenizer.encode_moments(pixel_values.flip(3) if suffix else pixel_values)
+        for name, tensor in zip((f"mean{suffix}", f"std{suffix}"), moments, strict=True):
+            if name in index["tensors"]:
+                result[name] = tensor.to("cpu", DTYPES[index["dtype"]][1]).contiguous()
+                if not result[name].isfinite().all():
+                    raise ValueError(f"{name} is not finite in `dtype` {index['dtype']!r}: choose a wider one.")
+    return result
+
+
+def write_shard(path: pathlib.Path, batches: list[dict[str, torch.Tensor]]) -> None:
+    """Write a shard, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        save_file({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}, partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def main(args: Arguments) -> None:
+    """Encode what is not encoded yet."""
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    folder = pathlib.Path(args.output_dir)
+    with accelerator.main_process_first():
+        dataset = load_image_dataset(args.train_data_dir)
+    tokenizer = ImageTokenizer.from_pretrained(args.pretrained_tokenizer)
+    index = build_index(args, dataset, tokenizer, accelerator.mixed_precision)
+    if (folder / INDEX).exists():
+        check_index(folder / INDEX, index)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not (folder / INDEX).exists():
+        with atomic_folder(folder / "tokenizer", overwrite=True) as target:
+            tokenizer.save_pretrained(target)
+        (folder / f"{INDEX}.partial").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        (folder / f"{INDEX}.partial").rename(folder / INDEX)
+    accelerator.wait_for_everyone()
+
+    sizes = shard_sizes(index)
+    missing = [number for number in range(len(sizes)) if check_shard(folder, index, number)]
+    accelerator.wait_for_everyone()
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    batches = []
+    for number in mine:
+        first = number * args.shard_size
+        rows = list(range(first, first + sizes[number]))
+        batches += [(number, rows[start : start + args.batch_size]) for start in range(0, len(rows), args.batch_size)]
+    loader = DataLoader(
+        dataset.with_transform(ImageTransform(args.resolution)),
+        batch_sampler=[rows for _, rows in batches],
+        num_workers=args.dataloader_num_workers,
+    )
+    tokenizer.to(accelerator.device)
+    done: list[dict[str, torch.Tensor]] = []
+    progress = tqdm(
+        zip(batches, loader, strict=True), total=len(batches), disable=not accelerator.is_local_main_process
+    )
+    for (number, rows), batch in progress:
+        with accelerator.autocast():
+            done.append(encode(batch, tokenizer, index))
+        if rows[-1] == number * args.shard_size + sizes[number] - 1:
+            write_shard(folder / shard_name(number), done)
+            done = []
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        print(f"{len(dataset)} pictures in {len(sizes)} shards in {folder}, {len(missing)} of them new")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_arguments(Arguments))
