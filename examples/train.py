@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from datasets import ClassLabel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -364,8 +364,6 @@ class Trainer:
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to.split(","),
             project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=f"{args.output_dir}/logs"),
-            # A batch need not touch every parameter: the mask token where nothing is masked, say.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         if args.push_to_hub and args.hub_token and "wandb" in args.report_to:
             raise ValueError("`hub_token` would be logged by wandb; use `hf auth login`.")
@@ -391,7 +389,7 @@ class Trainer:
         if not self.from_latents:
             self.tokenizer.to(accelerator.device)
         model = build_model(args, self.tokenizer, self.names)
-        self.config = model.config
+        self.model_class, self.config = type(model), model.config
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         model = add_lora(args, model)
@@ -514,9 +512,10 @@ class Trainer:
         state = self.accelerator.get_state_dict(self.model)
         copy = None
         if self.accelerator.is_main_process:
-            state = {name: value.detach().clone() for name, value in state.items()}
+            # torch.compile's wrapper shows in the names.
+            state = {name.removeprefix("_orig_mod."): value.detach().clone() for name, value in state.items()}
             with torch.device("meta"):
-                copy = add_lora(self.args, type(self.plain_model())(self.config))
+                copy = add_lora(self.args, self.model_class(self.config))
             copy.load_state_dict(state, assign=True)
             if self.args.lora_rank is not None:
                 with atomic_folder(pathlib.Path(self.args.output_dir, "lora"), overwrite=True) as folder:
@@ -525,11 +524,6 @@ class Trainer:
             copy = copy.to(self.accelerator.device).eval()
         self.ema.restore(self.trained)
         return copy
-
-    def plain_model(self) -> PreTrainedModel:
-        """The model without wrappers."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model if self.args.lora_rank is None else model.get_base_model()
 
     def build_pipeline(self, model: PreTrainedModel) -> MARPipeline:
         """The pipeline that is saved."""
@@ -553,8 +547,9 @@ class Trainer:
         dataset, collate, losses = PositionedDataset(self.validation_dataset), Collator(self.args), []
         chosen = torch.linspace(0, len(dataset) - 1, min(256, len(dataset))).long().tolist()
         keys = [(index, number) for number, index in enumerate(chosen)]
-        for first in range(0, len(keys), self.args.train_batch_size):
-            batch = collate(dataset.__getitems__(keys[first : first + self.args.train_batch_size]))
+        # Not `train_batch_size`: the loss should not depend on the number of processes.
+        for first in range(0, len(keys), 32):
+            batch = collate(dataset.__getitems__(keys[first : first + 32]))
             generators = example_generators(self.args.seed, batch["position"], model.device, stream=3)
             tokens, labels = encode(batch, self.tokenizer, generators, model.device)
             num_masked = draw_num_masked(self.args, self.config, first, 0)
