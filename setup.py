@@ -24,11 +24,11 @@ INSTALL = [
 ]
 
 EXTRAS = {
-    "train": ["datasets", "tensorboard", "matplotlib"],
+    "train": ["datasets", "tensorboard", "matplotlib", "pyyaml", "peft"],
     "eval": ["torchmetrics", "scipy", "scikit-learn", "datasets", "matplotlib"],
     "app": ["gradio"],
-    # datasets and matplotlib: the examples are tested by running them.
-    "test": ["pytest", "datasets", "matplotlib", "scikit-learn", "torchmetrics", "scipy"],
+    # What the examples need: they are tested by running them.
+    "test": ["pytest", "datasets", "matplotlib", "tensorboard", "pyyaml", "peft", "scikit-learn", "torchmetrics", "scipy"],
     "docs": ["mkdocs"],
     "quality": ["ruff==0.17.6"],
 }

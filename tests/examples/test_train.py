@@ -236,7 +236,6 @@ def test_fine_tuning_keeps_the_model_and_the_classes_of_the_same_name(trained, t
 
 
 def test_low_rank_updates_train_little_and_merge(trained, pictures, tmp_path):
-    pytest.importorskip("peft")
     settings = {"pretrained_model_name_or_path": str(trained / "pipeline"), "model_config": "{}", "lora_rank": 2}
     folder = run(pictures, tmp_path / "run", **settings, checkpointing_steps=2)
     old, new = weights(trained), weights(folder)
