@@ -28,7 +28,10 @@ EXTRAS = {
     "eval": ["torchmetrics", "scipy", "scikit-learn", "datasets", "matplotlib"],
     "app": ["gradio"],
     # What the examples need: they are tested by running them.
-    "test": ["pytest", "datasets", "matplotlib", "tensorboard", "pyyaml", "peft", "scikit-learn", "torchmetrics", "scipy"],
+    "test": [
+        *("pytest", "datasets", "matplotlib", "tensorboard", "pyyaml", "peft"),
+        *("scikit-learn", "torchmetrics", "scipy"),
+    ],
     "docs": ["mkdocs"],
     "quality": ["ruff==0.17.6"],
 }
