@@ -25,7 +25,7 @@ INSTALL = [
 
 EXTRAS = {
     "train": ["datasets", "tensorboard", "matplotlib", "pyyaml", "peft"],
-    "eval": ["torchmetrics", "scipy", "scikit-learn", "datasets", "matplotlib"],
+    "eval": ["torchmetrics", "scipy", "scikit-learn", "datasets", "matplotlib", "pyyaml"],
     "app": ["gradio"],
     # What the examples need: they are tested by running them.
     "test": [
