@@ -203,7 +203,8 @@ def test_pictures_at_several_depths_have_no_classes(tmp_path):
 def test_classes_may_have_the_names_of_splits(tmp_path):
     for name in ("test tube", "train", "val 2", "zebra"):
         shutil.copytree(write(tmp_path / "source" / name, ["grey"]) / "grey", tmp_path / "data" / name)
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         dataset = image_data.load_image_dataset(str(tmp_path / "data"))
     assert dataset.features["label"].names == ["test tube", "train", "val 2", "zebra"] and len(dataset) == 12
 
