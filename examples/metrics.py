@@ -30,6 +30,8 @@ from torchmetrics.image.kid import KernelInceptionDistance  # noqa: E402
 
 
 BLOCK = 2048  # rows of a matrix of distances that are in memory at once
+# Else torchmetrics would wait for the other processes, which do not measure.
+ALONE = {"sync_on_compute": False}
 
 
 class PixelFeatures(torch.nn.Module):
@@ -245,7 +247,7 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor, seed: int = 0) -> fl
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it keeps all features
         torch.manual_seed(seed)
-        metric = KernelInceptionDistance(torch.nn.Identity(), subsets=20, subset_size=size)
+        metric = KernelInceptionDistance(torch.nn.Identity(), subsets=20, subset_size=size, **ALONE)
         metric.update(real.double(), real=True)
         metric.update(fake.double(), real=False)
         return metric.compute()[0].item()
@@ -265,7 +267,7 @@ def inception_score(logits: torch.Tensor, splits: int = 10, seed: int = 0) -> fl
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it keeps all logits; that one part has no deviation
         torch.manual_seed(seed)
-        metric = InceptionScore(torch.nn.Identity(), splits=min(splits, len(logits)))
+        metric = InceptionScore(torch.nn.Identity(), splits=min(splits, len(logits)), **ALONE)
         metric.update(logits.double())
         return metric.compute()[0].item()
 
