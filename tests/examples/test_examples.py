@@ -140,12 +140,12 @@ def test_prepare_emoji_keeps_skin_tones_where_asked(workplace):
     assert run(words, workplace).startswith(f"{PER_CLASS * 4 + 1} pictures in ")
 
 
-def test_train_tokenizer_writes_a_measured_tokenizer(trained, emoji):
+def test_train_tokenizer_writes_a_measured_tokenizer(trained, workplace):
     folder, _, out = trained
     tokenizer = ImageTokenizer.from_pretrained(folder)
     assert type(tokenizer.autoencoder).__name__ == "AutoencoderDC"
     assert (tokenizer.stride, tokenizer.token_dim) == (2, 4)
-    paths = sorted((emoji / "train").rglob("*.png"))
+    paths = sorted((workplace / "data" / "emoji_all" / "train").rglob("*.png"))
     pictures = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in paths])
     with torch.no_grad():
         latents = tokenizer.encode(pictures.float() / 127.5 - 1).latents.transpose(0, 1).flatten(1)
