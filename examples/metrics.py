@@ -332,7 +332,7 @@ def memorised(real: torch.Tensor, fake: torch.Tensor) -> float:
         fake (`torch.Tensor` of shape `(pictures, width)`): features of others.
 
     Returns:
-        `float`: about one half for new pictures of the same distribution, 1 for copies.
+        `float`: 1 for copies; for new pictures of the same distribution one half or somewhat less.
     """
     distances, indices = nearest_neighbours(fake, real)
     return (distances < nearest_neighbours(real)[0][indices]).double().mean().item()
