@@ -32,13 +32,15 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from huggingface_hub import HfApi
-from image_data import ImageTransform, augment, load_image_dataset
+from image_data import ImageTransform, load_image_dataset
 from latent_data import load_latents
 from PIL import Image
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from training_utils import (
+    Collator,
     PositionedDataset,
+    Progress,
     TrainingBatches,
     example_generators,
     list_checkpoints,
@@ -155,65 +157,6 @@ class Arguments:
                 raise ValueError(f"`{name}` has to be a JSON object, got {settings!r}.")
         if self.pretrained_model_name_or_path and json.loads(self.model_config).keys() & {"preset", "model_type"}:
             raise ValueError("`model_config` can't change `preset` or `model_type` of a pretrained model.")
-
-
-class Collator:
-    """Rows to a batch, augmented; picklable, so that it runs where examples are read.
-
-    Args:
-        args (`Arguments`): of the run.
-    """
-
-    def __init__(self, args: Arguments):
-        self.args = args
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = default_collate(rows)
-        generators = example_generators(self.args.seed, batch["position"], stream=1)
-        flip, shift = self.args.random_flip, self.args.random_shift
-        if "pixel_values" in batch:
-            return {**batch, "pixel_values": augment(batch["pixel_values"], generators, flip, shift)}
-        mirrored = {name: batch.pop(f"{name}_flipped", None) for name in ("mean", "std")}
-        if flip:
-            chosen = torch.stack([torch.rand((), generator=g) for g in generators]) < 0.5
-            chosen = chosen[:, None, None, None]
-            batch |= {name: torch.where(chosen, value, batch[name]) for name, value in mirrored.items()}
-        return batch
-
-
-class Progress:
-    """How far a run is: what a checkpoint holds besides the states of models and optimizers.
-
-    Args:
-        num_examples (`int`): of the data set; a checkpoint of another number is refused.
-    """
-
-    def __init__(self, num_examples: int):
-        self.num_examples = num_examples
-        self.step = 0
-        self.position = 0
-        self.history: list[dict[str, float]] = []
-
-    def state_dict(self) -> dict[str, str]:
-        """Everything, for `torch.save`: as JSON, since pickles of equal objects can differ."""
-        return {"json": json.dumps(vars(self))}
-
-    def load_state_dict(self, state: dict[str, str]) -> None:
-        """Take over what `state_dict` gave.
-
-        Args:
-            state (`dict[str, str]`): of another object.
-
-        Raises:
-            ValueError: if the data set had another number of examples: its order would be another one.
-        """
-        state = json.loads(state["json"])
-        if state["num_examples"] != self.num_examples:
-            raise ValueError(
-                f"The checkpoint was trained on {state['num_examples']} examples, the data now has "
-                f"{self.num_examples}. Fine-tune its pipeline instead: `pretrained_model_name_or_path`."
-            )
-        vars(self).update(state)
 
 
 def load_data(args: Arguments, path: str | None) -> tuple[torch.utils.data.Dataset, list[str] | None]:
@@ -442,7 +385,7 @@ class Trainer:
         return DataLoader(
             PositionedDataset(self.dataset),
             batch_sampler=sampler,
-            collate_fn=Collator(args),
+            collate_fn=Collator(args.seed, args.random_flip, args.random_shift),
             num_workers=args.dataloader_num_workers,
             pin_memory=accelerator.device.type == "cuda",
             # Its own: an iterator over batches takes a number from the global state, which dropout draws from.
@@ -480,7 +423,11 @@ class Trainer:
         self.ema.step(self.trained)
         self.progress.step += 1
         self.progress.position += args.train_batch_size * accelerator.num_processes * len(batches)
-        return torch.stack(losses).mean(), torch.as_tensor(norm, device=loss.device)
+        loss, norm = torch.stack(losses).mean(), torch.as_tensor(norm, device=loss.device)
+        if accelerator.scaler is None:
+            # Such a gradient spoils the weights as surely as such a loss; a scaler leaves the step out.
+            loss = torch.where(norm.isfinite(), loss, norm)
+        return loss, norm
 
     def check_losses(self, losses: torch.Tensor) -> None:
         """Stop where a loss of the last steps is not finite.
@@ -501,8 +448,8 @@ class Trainer:
         examples = [order.index_at(position) for position in range(last - size, last)]
         checkpoint = next(reversed(list_checkpoints(self.args.output_dir)), "none")
         raise FloatingPointError(
-            f"The loss is {losses[finite.index(False)].item()} at step {step}. Its examples: {examples}. Last good "
-            f"checkpoint: {checkpoint}. Try a lower learning rate, or bf16 instead of fp16."
+            f"The loss or its gradient is {losses[finite.index(False)].item()} at step {step}. Its examples: "
+            f"{examples}. Last good checkpoint: {checkpoint}. Try a lower learning rate, or bf16 instead of fp16."
         )
 
     def averaged_model(self) -> PreTrainedModel | None:
@@ -544,15 +491,16 @@ class Trainer:
     @torch.no_grad()
     def validation_loss(self, model: PreTrainedModel) -> float:
         """Loss of averaged weights without dropout, always on the same (at most 256) examples with the same draws."""
-        dataset, collate, losses = PositionedDataset(self.validation_dataset), Collator(self.args), []
+        args, dataset, losses = self.args, PositionedDataset(self.validation_dataset), []
+        collate = Collator(args.seed, args.random_flip, args.random_shift)
         chosen = torch.linspace(0, len(dataset) - 1, min(256, len(dataset))).long().tolist()
         keys = [(index, number) for number, index in enumerate(chosen)]
         # Not `train_batch_size`: the loss should not depend on the number of processes.
         for first in range(0, len(keys), 32):
             batch = collate(dataset.__getitems__(keys[first : first + 32]))
-            generators = example_generators(self.args.seed, batch["position"], model.device, stream=3)
+            generators = example_generators(args.seed, batch["position"], model.device, stream=3)
             tokens, labels = encode(batch, self.tokenizer, generators, model.device)
-            num_masked = draw_num_masked(self.args, self.config, first, 0)
+            num_masked = draw_num_masked(args, self.config, first, 0)
             mask = sample_mask(len(tokens), self.config.num_tokens, num_masked, generators).to(model.device)
             labels = labels if self.names else None
             output = model(tokens, mask, labels, self.noise_scheduler, num_masked=num_masked, generator=generators)
@@ -579,7 +527,7 @@ class Trainer:
         """Save the pipeline with its card and samples, and the curves; every process calls this."""
         model = self.averaged_model()
         if model is not None:
-            args, step, folder = self.args, self.progress.step, pathlib.Path(self.args.output_dir)
+            step, folder = self.progress.step, pathlib.Path(self.args.output_dir)
             pipe = self.build_pipeline(model)
             pipe.set_progress_bar_config(disable=True)
             validation_loss = self.validation_loss(model)
@@ -594,15 +542,24 @@ class Trainer:
                         {"samples": np.asarray(grid)[None]}, step=step, **IMAGE_FORMAT.get(tracker.name, {})
                     )
             write_curves(self.progress.history, folder)
-            with atomic_folder(folder / "pipeline", overwrite=True) as target:
-                pipe.save_pretrained(target)
-                grid.save(pathlib.Path(target, "samples.png"))
-                shutil.copy(folder / "loss.png", target)
-                card = build_model_card(
-                    args.hub_model_id or str(folder / "pipeline"), self.description(), class_names=self.names
-                )
-                card.save(pathlib.Path(target, "README.md"))
+            try:
+                self.save_pipeline(pipe, grid)
+            except Exception as error:
+                raise RuntimeError(f"{folder / 'pipeline'} could not be written ({error}).") from error
         self.accelerator.wait_for_everyone()
+
+    def save_pipeline(self, pipe: MARPipeline, grid: Image.Image) -> None:
+        """Replace the saved pipeline, with its card, samples and curve: whole or not at all."""
+        folder = pathlib.Path(self.args.output_dir)
+        for left_over in folder.glob(".pipeline-*"):  # by a run that was killed while it wrote
+            shutil.rmtree(left_over)
+        with atomic_folder(folder / "pipeline", overwrite=True) as target:
+            pipe.save_pretrained(target)
+            grid.save(pathlib.Path(target, "samples.png"))
+            shutil.copy(folder / "loss.png", target)
+            name = self.args.hub_model_id or str(folder / "pipeline")
+            card = build_model_card(name, self.description(), class_names=self.names)
+            card.save(pathlib.Path(target, "README.md"))
 
     def description(self) -> str:
         """What the card says about the training."""

@@ -41,9 +41,10 @@ from reconstruction_losses import PatchDiscriminator, PerceptualLoss, discrimina
 from torch.func import functional_call
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from train import Collator, Progress
 from training_utils import (
+    Collator,
     PositionedDataset,
+    Progress,
     TrainingBatches,
     example_generators,
     list_checkpoints,
@@ -275,7 +276,7 @@ class Trainer:
         return DataLoader(
             PositionedDataset(self.dataset),
             batch_sampler=sampler,
-            collate_fn=Collator(args),
+            collate_fn=Collator(args.seed, args.random_flip, args.random_shift),
             num_workers=args.dataloader_num_workers,
             pin_memory=accelerator.device.type == "cuda",
             generator=torch.Generator(),

@@ -20,7 +20,8 @@ import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
-from torch.utils.data import Dataset, Sampler
+from image_data import augment
+from torch.utils.data import Dataset, Sampler, default_collate
 from transformers import HfArgumentParser
 
 
@@ -162,6 +163,71 @@ def example_generators(
     return [torch.Generator(device).manual_seed((base + int(position)) % 2**32) for position in positions]
 
 
+class Collator:
+    """Rows to a batch, augmented; picklable, so that it runs where examples are read.
+
+    Args:
+        seed (`int`): of the run.
+        random_flip (`bool`): mirror half of the pictures.
+        random_shift (`int`): shift pictures by up to so many pixels.
+    """
+
+    def __init__(self, seed: int, random_flip: bool, random_shift: int):
+        self.seed = seed
+        self.random_flip = random_flip
+        self.random_shift = random_shift
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = default_collate(rows)
+        generators = example_generators(self.seed, batch["position"], stream=1)
+        if "pixel_values" in batch:
+            return {
+                **batch,
+                "pixel_values": augment(batch["pixel_values"], generators, self.random_flip, self.random_shift),
+            }
+        mirrored = {name: batch.pop(f"{name}_flipped", None) for name in ("mean", "std")}
+        if self.random_flip:
+            chosen = torch.stack([torch.rand((), generator=g) for g in generators]) < 0.5
+            chosen = chosen[:, None, None, None]
+            batch |= {name: torch.where(chosen, value, batch[name]) for name, value in mirrored.items()}
+        return batch
+
+
+class Progress:
+    """How far a run is: what a checkpoint holds besides the states of models and optimizers.
+
+    Args:
+        num_examples (`int`): of the data set; a checkpoint of another number is refused.
+    """
+
+    def __init__(self, num_examples: int):
+        self.num_examples = num_examples
+        self.step = 0
+        self.position = 0
+        self.history: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, str]:
+        """Everything, for `torch.save`: as JSON, since pickles of equal objects can differ."""
+        return {"json": json.dumps(vars(self))}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Take over what `state_dict` gave.
+
+        Args:
+            state (`dict[str, str]`): of another object.
+
+        Raises:
+            ValueError: if the data set had another number of examples: its order would be another one.
+        """
+        state = json.loads(state["json"])
+        if state["num_examples"] != self.num_examples:
+            raise ValueError(
+                f"The checkpoint was trained on {state['num_examples']} examples, the data now has "
+                f"{self.num_examples}. Fine-tune its pipeline instead: `pretrained_model_name_or_path`."
+            )
+        vars(self).update(state)
+
+
 def digests(folder: pathlib.Path) -> dict[str, str]:
     """Digest of every file below a folder, by its relative path; the manifest itself is left out.
 
@@ -228,7 +294,8 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, ste
         RuntimeError: if it can't be written, a full disk say; earlier checkpoints are left alone.
     """
     folder = pathlib.Path(output_dir, f"checkpoint-{step}")
-    partial = folder.with_name(f"{folder.name}.partial")
+    # What is not whole, not yet or not any more, has this name.
+    partial = folder.with_name("checkpoint.partial")
     accelerator.wait_for_everyone()
     try:
         if accelerator.is_main_process:
@@ -242,7 +309,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, ste
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
             for old in list_checkpoints(output_dir)[:-total_limit]:
-                shutil.rmtree(old)
+                shutil.rmtree(old.rename(partial))
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         last = [str(path) for path in list_checkpoints(output_dir)][-1:] or "none"

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
-from safetensors import SafetensorError
 
 from mar_hf import ImageTokenizer, ImageTokenizerConfig, MARPipeline
 from snippets import ROOT
@@ -145,7 +144,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(pictures,
     killer.start()
     killer.join()
     assert killer.exitcode == 0 and killed.value > 0
-    assert check_checkpoint(list_checkpoints(tmp_path / "killed")[-1]) is None
+    assert all(check_checkpoint(folder) is None for folder in list_checkpoints(tmp_path / "killed"))
     run(pictures, tmp_path / "killed", **resumed)
     assert_same_contents(tmp_path / "killed", run(pictures, tmp_path / "whole", **settings))
 
@@ -190,14 +189,13 @@ def largest_file(size):
     "name, message",
     [
         ("checkpoint-4/optimizer.bin", "checkpoint-6 could not be written .* The last whole checkpoint: .*-4"),
-        ("pipeline/transformer/model.safetensors", "File too large"),
+        ("pipeline/transformer/model.safetensors", "pipeline could not be written .*File too large"),
     ],
     ids=["checkpoint", "pipeline"],
 )
 def test_a_full_disk_leaves_the_last_checkpoint_and_pipeline(pictures, copy, name, message):
     before = contents(copy)
-    errors = (RuntimeError, SafetensorError)
-    with largest_file((copy / name).stat().st_size - 1), pytest.raises(errors, match=message):
+    with largest_file((copy / name).stat().st_size - 1), pytest.raises(RuntimeError, match=message):
         run(pictures, copy, resume_from_checkpoint="latest", max_train_steps=6)
     assert {path.name for path in copy.iterdir()} == {
         *("checkpoint-2", "checkpoint-4", "pipeline", "samples", "loss.csv", "loss.png")
@@ -249,6 +247,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, logging_steps):
             logging_steps=logging_steps,
             validation_steps=100,
         )
-    assert f"The loss is nan at step 3. Its examples: {examples}." in str(error.value)
+    assert f"The loss or its gradient is nan at step 3. Its examples: {examples}." in str(error.value)
     assert f"Last good checkpoint: {tmp_path / 'run' / 'checkpoint-2'}" in str(error.value)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
