@@ -18,14 +18,13 @@ from typing import Any
 
 import pyarrow.compute
 import torch
-from accelerate import Accelerator
 from datasets import ClassLabel, Dataset
 from image_data import ImageTransform, load_image_dataset
 from latent_data import DTYPES, INDEX, check_shard, shard_name, shard_sizes
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from training_utils import parse_arguments
+from training_utils import make_accelerator, parse_arguments
 
 from mar_hf import ImageTokenizer
 from mar_hf.utils import atomic_folder
@@ -147,7 +146,7 @@ def write_shard(path: pathlib.Path, batches: list[dict[str, torch.Tensor]]) -> N
 
 def main(args: Arguments) -> None:
     """Encode what is not encoded yet."""
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = make_accelerator(mixed_precision=args.mixed_precision)
     folder = pathlib.Path(args.output_dir)
     with accelerator.main_process_first():
         dataset = load_image_dataset(args.train_data_dir)

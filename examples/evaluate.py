@@ -31,7 +31,6 @@ from generate import (
     class_folders,
     generate,
     load_pipeline,
-    make_accelerator,
     weights_digest,
     write_whole,
 )
@@ -54,7 +53,7 @@ from metrics import (
     write_statistics,
 )
 from PIL import Image
-from training_utils import parse_arguments
+from training_utils import make_accelerator, parse_arguments
 
 from mar_hf.cli import draw_grid
 

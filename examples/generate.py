@@ -15,15 +15,13 @@ import pathlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from PIL import Image
 from tqdm.auto import tqdm
-from training_utils import parse_arguments
+from training_utils import make_accelerator, parse_arguments
 
 from mar_hf import MARPipeline
 from mar_hf.cli import choose_classes, class_name, image_generator
@@ -157,7 +155,7 @@ def claim_folder(folder: pathlib.Path, settings: dict, accelerator: Accelerator)
     """
     note = folder / SETTINGS_FILE
     found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
-    if found is None and folder.exists() and any(folder.iterdir()):
+    if found is None and folder.exists() and any(path.name != f"{SETTINGS_FILE}.partial" for path in folder.iterdir()):
         raise ValueError(f"`output_dir` {str(folder)!r} holds files, but no {SETTINGS_FILE}: it is not ours.")
     if found is not None and found != settings:
         differ = sorted(name for name in found | settings if found.get(name) != settings.get(name))
@@ -239,15 +237,6 @@ def generate(pipeline: MARPipeline, args: Arguments, accelerator: Accelerator) -
             np.savez(file, pictures, np.array([label for label, _ in jobs]))
         os.replace(output / "samples.npz.partial", output / "samples.npz")
     return settings
-
-
-def make_accelerator() -> Accelerator:
-    """One that waits for as long as the slowest process needs: their shares are not equal after a restart.
-
-    Returns:
-        `Accelerator`.
-    """
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
 
 
 def main(args: Arguments) -> None:

@@ -24,9 +24,8 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from datasets import ClassLabel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -45,6 +44,7 @@ from training_utils import (
     example_generators,
     list_checkpoints,
     load_checkpoint,
+    make_accelerator,
     parse_arguments,
     save_checkpoint,
     write_curves,
@@ -135,9 +135,12 @@ class Arguments:
     )
     validation_steps: int = field(default=500, metadata={"help": "steps between saved pipelines and samples"})
     validation_images: int = field(default=6, metadata={"help": "samples of each class"})
-    generation_defaults: str = field(
-        default='{"num_inference_steps": 32, "num_diffusion_steps": 50, "guidance_scale": 3.0}',
-        metadata={"help": "JSON object: arguments of the pipeline's call, for samples and saved as its defaults"},
+    generation_defaults: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON object: arguments of the pipeline's call, for samples and saved as its defaults; default: "
+            "those of the pipeline, or 32 autoregressive steps of 50 head steps with guidance 3"
+        },
     )
     report_to: str = field(default="tensorboard", metadata={"help": "accelerate's trackers: tensorboard, wandb, none"})
     push_to_hub: bool = field(default=False, metadata={"help": "upload the pipeline at the end"})
@@ -145,10 +148,13 @@ class Arguments:
     hub_token: str | None = field(default=None, metadata={"help": "default: that of `hf auth login`"})
 
     def __post_init__(self) -> None:
-        for name in ("train_batch_size", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit"):
+        steps = ("max_train_steps", "logging_steps", "validation_steps", "checkpointing_steps")
+        for name in (*steps, "train_batch_size", "gradient_accumulation_steps", "checkpoints_total_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
         for name in ("model_config", "generation_defaults"):
+            if getattr(self, name) is None:
+                continue
             try:
                 settings = json.loads(getattr(self, name))
             except ValueError as error:
@@ -164,7 +170,7 @@ def load_data(args: Arguments, path: str | None) -> tuple[torch.utils.data.Datas
     if path is None:
         raise ValueError("`train_data_dir` has to be given.")
     folder = pathlib.Path(path)
-    if (folder / "index.json").exists() or next(folder.glob("*/*.npz"), None):
+    if (folder / "index.json").exists() or any(next(folder.glob(kind), None) for kind in ("*.npz", "*/*.npz")):
         if args.random_shift:
             raise ValueError(f"`random_shift` {args.random_shift} does not go with cached latents.")
         dataset = load_latents(path)
@@ -195,19 +201,31 @@ def load_tokenizer(args: Arguments, dataset: torch.utils.data.Dataset, weights: 
     Without `weights` it knows shapes and statistics only, and takes no memory: enough to train on cached latents.
     """
     source = tokenizer_source(args)
+    if source is None and not weights:
+        raise ValueError("These cached latents have no tokenizer beside them: give `pretrained_tokenizer`.")
     if source is not None and not weights:
+        config = ImageTokenizerConfig.from_pretrained(source[0], subfolder=source[1])
+        own = pathlib.Path(args.train_data_dir, "tokenizer")
+        # One with other statistics would train as quietly, on other tokens.
+        names = ("autoencoder", "patch_size", "normalizer", "shift_factor", "scaling_factor")
+        found = ImageTokenizerConfig.from_pretrained(own) if own.is_dir() else config
+        if any(getattr(found, name) != getattr(config, name) for name in names):
+            raise ValueError(f"`train_data_dir` {args.train_data_dir!r} holds latents of another tokenizer.")
         with torch.device("meta"):
-            return ImageTokenizer(ImageTokenizerConfig.from_pretrained(source[0], subfolder=source[1]))
+            return ImageTokenizer(config)
     if source is not None:
         return ImageTokenizer.from_pretrained(source[0], subfolder=source[1]).requires_grad_(False)
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:4096].tolist()
-    pictures = torch.stack([row["pixel_values"] for row in dataset.__getitems__(chosen)])
-    pixels = pictures.transpose(0, 1).flatten(1)
-    std = pixels.std(1)
-    if not (std > 0).all():
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:4096]
+    moments = []  # of each picture, so that they need not be in memory together: mean and mean square, (2, 3)
+    for part in chosen.split(256):
+        pictures = torch.stack([row["pixel_values"] for row in dataset.__getitems__(part.tolist())]).double()
+        moments.append(torch.stack([pictures.mean((2, 3)), pictures.square().mean((2, 3))], 1))
+    mean, square = torch.cat(moments).mean(0)
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    if not (std > 1e-6).all():
         raise ValueError(f"The pictures' channels have deviations {std.tolist()}: a constant one can't be scaled.")
     config = ImageTokenizerConfig(
-        patch_size=args.patch_size, shift_factor=pixels.mean(1).tolist(), scaling_factor=(1 / std).tolist()
+        patch_size=args.patch_size, shift_factor=mean.tolist(), scaling_factor=(1 / std).tolist()
     )
     return ImageTokenizer(config).eval()
 
@@ -236,7 +254,8 @@ def fine_tuned_model(args: Arguments, settings: dict, names: list[str] | None) -
     model = model_class.from_pretrained(source, subfolder="transformer", dtype=torch.float32, **settings)
     old = {name: int(number) for number, name in (index.get("id2label") or {}).items()}
     num_classes = len(names) if names else 1
-    if num_classes == model.config.num_classes and (not names or all(old.get(n, i) == i for i, n in enumerate(names))):
+    same = not names or not old or all(old.get(name) == number for number, name in enumerate(names))
+    if num_classes == model.config.num_classes and same:
         return model
     table = model.get_parameter("model.class_embedding.weight").detach()
     # A new class starts as the mean of the old ones. Row `num_classes` is no class.
@@ -274,8 +293,8 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 def draw_num_masked(args: Arguments, config: MARConfig, batch_number: int, rank: int) -> int:
     """Masked tokens of a batch, the same in all processes unless the settings say otherwise."""
-    number = (batch_number << 16) + (rank if args.mask_ratio_per_process else 0)
-    generator = example_generators(args.seed, [number], stream=2)[0]
+    stream = 4 + rank if args.mask_ratio_per_process else 2
+    generator = example_generators(args.seed, [batch_number], stream=stream)[0]
     ratios = (config.mask_ratio_min, config.mask_ratio_mean, config.mask_ratio_std)
     return sample_num_masked(config.num_tokens, *ratios, generator=generator)
 
@@ -302,7 +321,7 @@ class Trainer:
 
     def __init__(self, args: Arguments):
         self.args = args
-        self.accelerator = accelerator = Accelerator(
+        self.accelerator = accelerator = make_accelerator(
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to.split(","),
@@ -347,6 +366,13 @@ class Trainer:
             betas=(args.adam_beta1, args.adam_beta2),
             fused=accelerator.device.type in ("cpu", "cuda"),
         )
+        if accelerator.state.deepspeed_plugin is not None:
+            # It asks the loader, which is not prepared, and clips by its own setting.
+            settings = accelerator.state.deepspeed_plugin.deepspeed_config
+            settings["train_micro_batch_size_per_gpu"] = args.train_batch_size
+            settings["gradient_clipping"] = args.max_grad_norm
+        if accelerator.distributed_type == DistributedType.FSDP and args.resume_from_checkpoint is not None:
+            raise ValueError("`resume_from_checkpoint` does not go with FSDP: each process averages its own shards.")
         self.model, self.optimizer = accelerator.prepare(model.train(), optimizer)
         # Not prepared: accelerate's wrapper takes a step for every process.
         self.lr_scheduler = get_scheduler(
@@ -357,7 +383,7 @@ class Trainer:
         )
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.ema = EMAModel(self.trained, decay=args.ema_decay, foreach=True)
-        self.progress = Progress(len(self.dataset))
+        self.progress = Progress(len(self.dataset), args.seed)
         accelerator.register_for_checkpointing(self.lr_scheduler, self.ema, self.progress)
         # Dropout draws from the global state; processes need not drop the same.
         set_seed(args.seed, device_specific=True)
@@ -477,7 +503,12 @@ class Trainer:
         tokenizer = self.tokenizer
         if self.from_latents:
             tokenizer = load_tokenizer(self.args, self.dataset, weights=True).to(model.device)
-        defaults = json.loads(self.args.generation_defaults)
+        if self.args.generation_defaults is not None:
+            defaults = json.loads(self.args.generation_defaults)
+        elif self.args.pretrained_model_name_or_path is not None:
+            defaults = MARPipeline.load_config(self.args.pretrained_model_name_or_path)["generation_defaults"] or {}
+        else:
+            defaults = {"num_inference_steps": 32, "num_diffusion_steps": 50, "guidance_scale": 3.0}
         if "num_inference_steps" in defaults:
             defaults["num_inference_steps"] = min(defaults["num_inference_steps"], self.config.num_tokens)
         return MARPipeline(
@@ -565,6 +596,8 @@ class Trainer:
         """What the card says about the training."""
         args, defaults = self.args, Arguments(output_dir="")
         batch = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        # Where something lay on this machine tells nobody else anything; a hub id does.
+        values = {k: v for k, v in asdict(args).items() if not (isinstance(v, str) and pathlib.Path(v).exists())}
         skipped = (
             "output_dir",
             "train_data_dir",
@@ -575,7 +608,7 @@ class Trainer:
         )
         table = "".join(
             f"| {name} | `{value}` |\n"
-            for name, value in asdict(args).items()
+            for name, value in values.items()
             if name not in skipped and value != getattr(defaults, name)
         )
         row = self.progress.history[-1]
@@ -613,6 +646,10 @@ def main(args: Arguments) -> None:
         trainer.ema.to(accelerator.device)
         logger.warning(f"Going on from {loaded}." if loaded else "No checkpoint yet: starting from the beginning.")
     pathlib.Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    if args.push_to_hub and accelerator.is_main_process:
+        # Before the work: it shows whether this is allowed, and the card names the repository.
+        name = args.hub_model_id or pathlib.Path(args.output_dir).resolve().name
+        args.hub_model_id = HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
     accelerator.init_trackers("mar_hf", {k: v for k, v in asdict(args).items() if v is not None and "token" not in k})
 
     losses: list[torch.Tensor] = []
@@ -634,10 +671,8 @@ def main(args: Arguments) -> None:
             save_checkpoint(accelerator, args.output_dir, progress.step, args.checkpoints_total_limit)
     bar.close()
     if args.push_to_hub and accelerator.is_main_process:
-        name = args.hub_model_id or pathlib.Path(args.output_dir).resolve().name
-        api = HfApi(token=args.hub_token)
-        repo_id = api.create_repo(name, exist_ok=True).repo_id
-        api.upload_folder(repo_id=repo_id, folder_path=pathlib.Path(args.output_dir, "pipeline"))
+        folder = pathlib.Path(args.output_dir, "pipeline")
+        HfApi(token=args.hub_token).upload_folder(repo_id=args.hub_model_id, folder_path=folder)
     accelerator.end_training()
 
 

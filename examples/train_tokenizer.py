@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from datasets import Dataset
@@ -49,6 +48,7 @@ from training_utils import (
     example_generators,
     list_checkpoints,
     load_checkpoint,
+    make_accelerator,
     parse_arguments,
     save_checkpoint,
     write_curves,
@@ -217,7 +217,7 @@ class Trainer:
 
     def __init__(self, args: Arguments):
         self.args = args
-        self.accelerator = accelerator = Accelerator(
+        self.accelerator = accelerator = make_accelerator(
             mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
         )
         if list_checkpoints(args.output_dir) and args.resume_from_checkpoint is None:
@@ -241,7 +241,7 @@ class Trainer:
         )
         self.trained = list(self.vae.parameters())
         self.ema = EMAModel(self.trained, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
-        self.progress = Progress(len(self.dataset))
+        self.progress = Progress(len(self.dataset), args.seed)
         self.discriminator = None
         if args.discriminator_start is not None:
             # Patches of small pictures are seen by fewer layers.
@@ -315,12 +315,14 @@ class Trainer:
                 if adversarial:
                     loss = loss + self.judge(restored, loss)
                 accelerator.backward(loss + args.kl_weight * divergence)
-                self.update(self.model, self.optimizer)
+                name = "reconstruction_loss"
+                row[name] = self.update(self.model, self.optimizer, row[name].detach())
                 if adversarial:
                     both = torch.cat([pictures, restored.detach()])
                     row["discriminator_loss"] = discriminator_loss(self.discriminator(both))
                     accelerator.backward(row["discriminator_loss"])
-                    self.update(self.discriminator, self.discriminator_optimizer)
+                    name = "discriminator_loss"
+                    row[name] = self.update(self.discriminator, self.discriminator_optimizer, row[name].detach())
             rows.append({name: value.detach() for name, value in row.items()})
         if not accelerator.optimizer_step_was_skipped:
             self.lr_scheduler.step()
@@ -331,12 +333,16 @@ class Trainer:
         self.progress.position += args.train_batch_size * accelerator.num_processes * len(batches)
         return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
 
-    def update(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer's step, where this batch completes one."""
+    def update(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> torch.Tensor:
+        """An optimizer's step, where this batch completes one; the loss, or the norm where that is not finite."""
         if self.accelerator.sync_gradients:
-            self.accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            norm = torch.as_tensor(self.accelerator.clip_grad_norm_(model.parameters(), 1.0), device=loss.device)
+            if self.accelerator.scaler is None:
+                # Such a gradient spoils the weights as surely as such a loss; a scaler leaves the step out.
+                loss = torch.where(norm.isfinite(), loss, norm)
         optimizer.step()
         optimizer.zero_grad()
+        return loss
 
     def flush(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Note the mean losses of the last steps, which waits for the device.

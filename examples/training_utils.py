@@ -11,15 +11,16 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import matplotlib.pyplot as plt
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from image_data import augment
 from torch.utils.data import Dataset, Sampler, default_collate
 from transformers import HfArgumentParser
@@ -119,7 +120,7 @@ class TrainingBatches(Sampler):
         """
         epoch, place = divmod(position, self.num_examples)
         if epoch not in self._permutations:
-            generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+            generator = example_generators(self.seed, [epoch], stream=-1)[0]
             permutation = torch.randperm(self.num_examples, generator=generator).tolist()
             # Two are kept: a batch may reach over the border.
             self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1} | {epoch: permutation}
@@ -142,6 +143,18 @@ class PositionedDataset(Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict]:
         rows = self.dataset.__getitems__([index for index, _ in keys])
         return [{**row, "position": position} for row, (_, position) in zip(rows, keys, strict=True)]
+
+
+def make_accelerator(**settings: Any) -> Accelerator:
+    """One whose processes wait for each other for as long as it takes: one may sample or write while others wait.
+
+    Args:
+        settings (`Any`): for `Accelerator`.
+
+    Returns:
+        `Accelerator`.
+    """
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))], **settings)
 
 
 def example_generators(
@@ -198,10 +211,12 @@ class Progress:
 
     Args:
         num_examples (`int`): of the data set; a checkpoint of another number is refused.
+        seed (`int`): of the run; likewise.
     """
 
-    def __init__(self, num_examples: int):
+    def __init__(self, num_examples: int, seed: int):
         self.num_examples = num_examples
+        self.seed = seed
         self.step = 0
         self.position = 0
         self.history: list[dict[str, float]] = []
@@ -217,7 +232,8 @@ class Progress:
             state (`dict[str, str]`): of another object.
 
         Raises:
-            ValueError: if the data set had another number of examples: its order would be another one.
+            ValueError: if the data set had another number of examples, or the run another seed: the order of the
+                examples would be another one.
         """
         state = json.loads(state["json"])
         if state["num_examples"] != self.num_examples:
@@ -225,6 +241,8 @@ class Progress:
                 f"The checkpoint was trained on {state['num_examples']} examples, the data now has "
                 f"{self.num_examples}. Fine-tune its pipeline instead: `pretrained_model_name_or_path`."
             )
+        if state["seed"] != self.seed:
+            raise ValueError(f"The checkpoint was trained with `seed` {state['seed']}, got {self.seed}.")
         vars(self).update(state)
 
 
@@ -320,7 +338,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, ste
 
 
 def load_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, name: str) -> pathlib.Path | None:
-    """Load the newest whole checkpoint of a run, or a given one; every process calls this.
+    """Load the newest whole checkpoint of a run, or a given one, and remove newer ones; every process calls this.
 
     Args:
         accelerator (`Accelerator`): with the same objects as when it was saved.
@@ -342,6 +360,15 @@ def load_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, nam
     if chosen is None:
         return None
     accelerator.load_state(chosen)
+    # Nothing is half accumulated, also where another number is accumulated now.
+    accelerator.step -= accelerator.step % accelerator.gradient_accumulation_steps
+    if accelerator.is_main_process:
+        # The run leaves them behind; kept, they would be taken for its newest.
+        step = int(pathlib.Path(chosen).name.rpartition("-")[2])
+        for newer in list_checkpoints(output_dir):
+            if int(newer.name[11:]) > step:
+                shutil.rmtree(newer.rename(newer.with_name("checkpoint.partial")))
+    accelerator.wait_for_everyone()
     return pathlib.Path(chosen)
 
 

@@ -4,6 +4,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -142,10 +143,12 @@ def test_a_folder_with_checkpoints_is_not_overwritten(trained, pictures):
         run(pictures, trained)
 
 
-def test_other_data_is_not_resumed_on(trained, tmp_path):
+def test_other_data_is_not_resumed_on(trained, pictures, tmp_path):
     data = write_pictures(tmp_path / "data", ["cat", "dog", "owl"], 6)
     with pytest.raises(ValueError, match="was trained on 15 examples, the data now has 18"):
         run(data, trained, resume_from_checkpoint="latest", max_train_steps=6)
+    with pytest.raises(ValueError, match="was trained with `seed` 0, got 1"):
+        run(pictures, trained, resume_from_checkpoint="latest", max_train_steps=6, seed=1)
 
 
 def launch(processes, words):
@@ -207,6 +210,14 @@ def test_training_from_cached_latents_equals_training_from_pictures(trained, pic
     assert equal(pipes[0].vae.state_dict(), pipes[1].vae.state_dict())
     with pytest.raises(ValueError, match="`resolution` 16 has to be that of the latents: 8"):
         run(tmp_path / "cache", tmp_path / "wrong", resolution=16)
+    other = MARPipeline.from_pretrained(trained / "pipeline").vae
+    other.config.scaling_factor = 1.0
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="holds latents of another tokenizer"):
+        run(tmp_path / "cache", tmp_path / "wrong", pretrained_tokenizer=str(tmp_path / "other"))
+    shutil.rmtree(tmp_path / "cache" / "tokenizer")
+    with pytest.raises(ValueError, match="give `pretrained_tokenizer`"):
+        run(tmp_path / "cache", tmp_path / "wrong")
     with pytest.raises(ValueError, match="`random_shift` 1 does not go with cached latents"):
         run(tmp_path / "cache", tmp_path / "wrong", random_shift=1)
 
@@ -235,6 +246,18 @@ def test_fine_tuning_keeps_the_model_and_the_classes_of_the_same_name(trained, t
     )
 
 
+def test_fine_tuning_on_as_many_other_classes_does_not_keep_the_old_ones(trained, tmp_path):
+    data = write_pictures(tmp_path / "data", ["car", "dog", "van"], 2, seed=1)
+    settings = {"pretrained_model_name_or_path": str(trained / "pipeline"), "model_config": "{}"}
+    settings |= {"max_train_steps": 1, "learning_rate": 0.0, "generation_defaults": None}
+    folder = run(data, tmp_path / "run", **settings)
+    before, after = (weights(path)["model.class_embedding.weight"] for path in (trained, folder))
+    mean = before[:3].mean(0)
+    assert torch.allclose(after, torch.stack([mean, before[1], mean, before[3]]))
+    pipes = [MARPipeline.from_pretrained(path / "pipeline") for path in (trained, folder)]
+    assert pipes[0].config.generation_defaults == pipes[1].config.generation_defaults
+
+
 def test_low_rank_updates_train_little_and_merge(trained, pictures, tmp_path):
     settings = {"pretrained_model_name_or_path": str(trained / "pipeline"), "model_config": "{}", "lora_rank": 2}
     folder = run(pictures, tmp_path / "run", **settings, checkpointing_steps=2)
@@ -259,10 +282,10 @@ def test_averaged_weights_are_saved_and_the_trained_ones_go_on(trained):
 
 
 def test_the_result_is_published_with_its_card(hub, pictures, tmp_path):
-    run(pictures, tmp_path / "run", push_to_hub=True, hub_model_id="me/my-mar", max_train_steps=1)
+    run(pictures, tmp_path / "my-mar", push_to_hub=True, hub_model_id="me/my-mar", max_train_steps=1)
     pipe = MARPipeline.from_pretrained("me/my-mar")
-    assert equal(pipe.transformer.state_dict(), weights(tmp_path / "run"))
-    card = (tmp_path / "run" / "pipeline" / "README.md").read_text(encoding="utf-8")
+    assert equal(pipe.transformer.state_dict(), weights(tmp_path / "my-mar"))
+    card = (tmp_path / "my-mar" / "pipeline" / "README.md").read_text(encoding="utf-8")
     assert 'MARPipeline.from_pretrained("me/my-mar")' in card and "library_name: mar_hf" in card
 
 

@@ -135,8 +135,10 @@ def test_the_newest_checkpoint_is_loaded_and_old_ones_go(run):
     assert (layer.weight == 10).all()
     assert training_utils.load_checkpoint(accelerator, folder, "checkpoint-2") == folder / "checkpoint-2"
     assert (layer.weight == 2).all()
-    training_utils.save_checkpoint(accelerator, folder, 11, total_limit=2)
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-10", "checkpoint-11"]
+    # What is newer than where the run goes on from would be taken for its newest.
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    training_utils.save_checkpoint(accelerator, folder, 3, total_limit=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-3"]
     assert training_utils.load_checkpoint(accelerator, folder / "empty", "latest") is None
 
 
@@ -155,11 +157,12 @@ def flip_a_bit(path):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, caplog, damage, name):
     accelerator, layer, folder = run
     damage(folder / "checkpoint-10" / name)
+    with pytest.raises(ValueError, match="checkpoint-10 can't be used"):
+        training_utils.load_checkpoint(accelerator, folder, "checkpoint-10")
     assert training_utils.load_checkpoint(accelerator, folder, "latest") == folder / "checkpoint-2"
     assert (layer.weight == 2).all()
     assert "checkpoint-10 is damaged" in caplog.text and name in caplog.text
-    with pytest.raises(ValueError, match="checkpoint-10 can't be used"):
-        training_utils.load_checkpoint(accelerator, folder, "checkpoint-10")
+    assert not (folder / "checkpoint-10").exists()
     for number in (1, 2):
         damage(folder / f"checkpoint-{number}" / name)
     with pytest.raises(ValueError, match="All checkpoints of .* are damaged"):

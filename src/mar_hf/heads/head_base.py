@@ -45,6 +45,7 @@ class TokenHead(nn.Module, ABC):
         scheduler: SchedulerMixin,
         timesteps: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
+        num_masked: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
         """The training loss, averaged over the masked tokens.
@@ -56,6 +57,8 @@ class TokenHead(nn.Module, ABC):
             scheduler (`SchedulerMixin`): the noise schedule, for heads that have one.
             timesteps (`torch.Tensor`, *optional*): int64; drawn where not given.
             noise (`torch.Tensor`, *optional*): drawn where not given.
+            num_masked (`int`, *optional*): masked tokens in every row, where the caller knows it: saves waiting for
+                the device.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for what is drawn; with one per
                 image, what is drawn for an image does not depend on the others.
 

@@ -157,6 +157,7 @@ class DiffusionHead(TokenHead):
         scheduler: TokenDDPMScheduler,
         timesteps: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
+        num_masked: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
         """Squared error of epsilon + variational bound, averaged over the masked tokens and their draws.
@@ -170,6 +171,8 @@ class DiffusionHead(TokenHead):
             timesteps (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens,)`, *optional*): int64, whole
                 batch after whole batch; drawn uniformly where not given.
             noise (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens, token_dim)`, *optional*): likewise.
+            num_masked (`int`, *optional*): masked tokens in every row, where the caller knows it: saves waiting for
+                the device.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for what is drawn, timesteps first;
                 with one per image, what is drawn for an image does not depend on the others. None means torch's
                 global one.
@@ -188,7 +191,12 @@ class DiffusionHead(TokenHead):
             if value is not None and value.shape != shape:
                 raise ValueError(f"`{name}` has to be of shape {shape}, got {tuple(value.shape)}.")
         check_generator(generator, len(mask))
-        chosen = mask.flatten().nonzero()[:, 0]
+        if num_masked is None:
+            chosen = mask.flatten().nonzero()[:, 0]
+        else:
+            # The same positions: a stable sort puts True first. How many `nonzero` finds, only the device knows.
+            ranks = mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)
+            chosen = ranks[: num_masked * len(mask)]
         if not len(chosen):
             raise ValueError("`mask` has to mask at least one token: the loss is the mean over masked ones.")
         # Row r of the repeated batch is row r modulo the batch.
@@ -198,7 +206,9 @@ class DiffusionHead(TokenHead):
         device = target.device
         # What is drawn has the shape (copies, masked tokens, ...): an image's tokens stand together in every copy.
         shape = (self.batch_multiplier, len(chosen))
-        counts = mask.sum(1).tolist() if isinstance(generator, list) else None
+        counts = None
+        if isinstance(generator, list):
+            counts = mask.sum(1).tolist() if num_masked is None else [num_masked] * len(mask)
         if timesteps is None:
             uniform = partial(torch.randint, 0, len(scheduler))
             timesteps = draw(uniform, shape, generator, device, 1, counts).flatten()

@@ -402,6 +402,7 @@ class MARForImageGeneration(MARPreTrainedModel):
                 scheduler=noise_scheduler,
                 timesteps=timesteps,
                 noise=noise,
+                num_masked=num_masked,
                 generator=generator,
             )
             # A new one, because a tuple has the order in which the fields were set.
