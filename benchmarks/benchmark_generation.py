@@ -244,6 +244,14 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def append_record(path: Path | None, result: dict[str, Any]) -> None:
+    """Append a result to a file as a line of JSON; None: no file."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, append the record."""
     args = build_parser().parse_args(argv)
@@ -251,10 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     result = run(args)
     print(table(result))
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.output, "a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+    append_record(args.output, result)
 
 
 if __name__ == "__main__":

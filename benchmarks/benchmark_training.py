@@ -22,7 +22,7 @@ import accelerate
 import diffusers
 import torch
 import transformers
-from benchmark_generation import KL16, machine
+from benchmark_generation import KL16, append_record, machine
 from safetensors.torch import save_file
 
 import mar_hf
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import latent_data  # noqa: E402
 import train  # noqa: E402
-from training_utils import example_generators, parse_arguments  # noqa: E402
+from training_utils import example_generators, make_batches, parse_arguments  # noqa: E402
 
 
 WARM_UP = 3
@@ -132,7 +132,7 @@ def time_steps(trainer: train.Trainer, repeats: int) -> dict[str, list[float]]:
         `"data"`.
     """
     args, device = trainer.args, trainer.accelerator.device
-    batches = iter(trainer.batches())
+    batches = iter(make_batches(trainer))
     bare = bare_step(trainer, next(batches))
 
     def now() -> float:
@@ -224,10 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, words = build_parser().parse_known_args(argv)
     result = run(options, words)
     print(table(result))
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(options.output, "a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+    append_record(options.output, result)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ depend on the number of processes (but for dropout, which draws from every proce
 
 import json
 import logging
+import os
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -34,19 +35,17 @@ from huggingface_hub import HfApi
 from image_data import ImageTransform, load_image_dataset
 from latent_data import load_latents
 from PIL import Image
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from training_utils import (
     Collator,
     PositionedDataset,
     Progress,
-    TrainingBatches,
+    check_finite,
+    check_output_dir,
     example_generators,
-    list_checkpoints,
-    load_checkpoint,
     make_accelerator,
     parse_arguments,
-    save_checkpoint,
+    resume,
+    training_loop,
     write_curves,
 )
 from transformers import PreTrainedModel
@@ -329,11 +328,7 @@ class Trainer:
         )
         if args.push_to_hub and args.hub_token and "wandb" in args.report_to:
             raise ValueError("`hub_token` would be logged by wandb; use `hf auth login`.")
-        if list_checkpoints(args.output_dir) and args.resume_from_checkpoint is None:
-            raise ValueError(
-                f"`output_dir` {args.output_dir!r} holds checkpoints: go on with `--resume_from_checkpoint latest`, "
-                "or take another folder."
-            )
+        check_output_dir(args)
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         set_seed(args.seed)
@@ -343,6 +338,8 @@ class Trainer:
             self.validation_dataset, names = load_data(args, args.validation_data_dir)
             if names != self.names:
                 raise ValueError(f"`validation_data_dir` has the classes {names}, not {self.names}.")
+            if hasattr(self.validation_dataset, "with_transform") != hasattr(self.dataset, "with_transform"):
+                raise ValueError("`validation_data_dir` has to hold what `train_data_dir` does: pictures or latents.")
         global_batch = args.train_batch_size * accelerator.num_processes
         if len(self.dataset) < global_batch:
             raise ValueError(f"{len(self.dataset)} examples are fewer than a batch of all processes: {global_batch}.")
@@ -397,27 +394,6 @@ class Trainer:
         settings["max_timestep"] = args.max_timestep or settings.get("max_timestep", 950)
         return TokenDDPMScheduler.from_config(settings)
 
-    def batches(self) -> DataLoader:
-        """This process' batches from the current position on."""
-        accelerator, args = self.accelerator, self.args
-        sampler = TrainingBatches(
-            len(self.dataset),
-            args.train_batch_size,
-            args.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-            self.progress.position,
-        )
-        return DataLoader(
-            PositionedDataset(self.dataset),
-            batch_sampler=sampler,
-            collate_fn=Collator(args.seed, args.random_flip, args.random_shift),
-            num_workers=args.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-            # Its own: an iterator over batches takes a number from the global state, which dropout draws from.
-            generator=torch.Generator(),
-        )
-
     def loss(self, batch: dict[str, torch.Tensor], batch_number: int) -> torch.Tensor:
         """The training loss of a batch, drawing everything random from the examples' own generators."""
         device = self.accelerator.device
@@ -454,29 +430,6 @@ class Trainer:
             # Such a gradient spoils the weights as surely as such a loss; a scaler leaves the step out.
             loss = torch.where(norm.isfinite(), loss, norm)
         return loss, norm
-
-    def check_losses(self, losses: torch.Tensor) -> None:
-        """Stop where a loss of the last steps is not finite.
-
-        Args:
-            losses (`torch.Tensor` of shape `(steps,)`): of the last steps, means of all processes.
-
-        Raises:
-            FloatingPointError: naming the step, its examples and the last checkpoint.
-        """
-        finite = losses.isfinite().tolist()
-        if all(finite):
-            return
-        step = self.progress.step - len(finite) + finite.index(False) + 1
-        size = self.args.train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
-        order = TrainingBatches(len(self.dataset), 1, self.args.seed)
-        last = self.progress.position - (self.progress.step - step) * size
-        examples = [order.index_at(position) for position in range(last - size, last)]
-        checkpoint = next(reversed(list_checkpoints(self.args.output_dir)), "none")
-        raise FloatingPointError(
-            f"The loss or its gradient is {losses[finite.index(False)].item()} at step {step}. Its examples: "
-            f"{examples}. Last good checkpoint: {checkpoint}. Try a lower learning rate, or bf16 instead of fp16."
-        )
 
     def averaged_model(self) -> PreTrainedModel | None:
         """A copy of the model with the averaged weights, on the main process; every process calls this."""
@@ -597,7 +550,7 @@ class Trainer:
         args, defaults = self.args, Arguments(output_dir="")
         batch = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         # Where something lay on this machine tells nobody else anything; a hub id does.
-        values = {k: v for k, v in asdict(args).items() if not (isinstance(v, str) and pathlib.Path(v).exists())}
+        values = {k: v for k, v in asdict(args).items() if not (isinstance(v, str) and os.path.exists(v))}
         skipped = (
             "output_dir",
             "train_data_dir",
@@ -620,19 +573,28 @@ class Trainer:
             f"| setting | value |\n|---|---|\n{table}"
         )
 
-    def flush(self, losses: list[torch.Tensor], norm: torch.Tensor) -> dict[str, float]:
-        """Note the mean loss of the last steps, which waits for the device."""
-        means = self.accelerator.reduce(torch.stack(losses), "mean")
-        self.check_losses(means)
+    def flush(self, steps: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+        """Note the mean loss of the last steps, which waits for the device.
+
+        Args:
+            steps (`list[tuple[torch.Tensor, torch.Tensor]]`): what `step` returned.
+
+        Returns:
+            `dict[str, float]`: the row of `loss.csv`.
+
+        Raises:
+            FloatingPointError: if a loss or a gradient is not finite.
+        """
+        losses = self.accelerator.reduce(torch.stack([loss for loss, _ in steps]), "mean")
+        check_finite("The loss or its gradient", losses, self)
         row = {
             "step": self.progress.step,
-            "loss": means.mean().item(),
+            "loss": losses.mean().item(),
             "learning_rate": self.lr_scheduler.get_last_lr()[0],
-            "grad_norm": norm.item(),
+            "grad_norm": steps[-1][1].item(),
         }
         self.progress.history.append(row)
         self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
-        losses.clear()
         return row
 
 
@@ -640,36 +602,16 @@ def main(args: Arguments) -> None:
     """Train, saving and sampling on the way."""
     logging.basicConfig(level=logging.WARNING)
     trainer = Trainer(args)
-    accelerator, progress = trainer.accelerator, trainer.progress
-    if args.resume_from_checkpoint is not None:
-        loaded = load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
-        trainer.ema.to(accelerator.device)
-        logger.warning(f"Going on from {loaded}." if loaded else "No checkpoint yet: starting from the beginning.")
+    accelerator = trainer.accelerator
+    resume(trainer)
     pathlib.Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if args.push_to_hub and accelerator.is_main_process:
         # Before the work: it shows whether this is allowed, and the card names the repository.
         name = args.hub_model_id or pathlib.Path(args.output_dir).resolve().name
         args.hub_model_id = HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
-    accelerator.init_trackers("mar_hf", {k: v for k, v in asdict(args).items() if v is not None and "token" not in k})
+    accelerator.init_trackers("mar_hf", {k: v for k, v in asdict(args).items() if v is not None and k != "hub_token"})
 
-    losses: list[torch.Tensor] = []
-    batches = iter(trainer.batches())
-    bar = tqdm(initial=progress.step, total=args.max_train_steps, disable=not accelerator.is_main_process)
-    while progress.step < args.max_train_steps:
-        loss, norm = trainer.step([next(batches) for _ in range(args.gradient_accumulation_steps)])
-        losses.append(loss)
-        bar.update()
-        last = progress.step == args.max_train_steps
-        save = last or progress.step % args.checkpointing_steps == 0
-        validate = last or progress.step % args.validation_steps == 0
-        if save or validate or progress.step % args.logging_steps == 0:
-            row = trainer.flush(losses, norm)
-            bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['learning_rate']:.2e}")
-        if validate:
-            trainer.validate()
-        if save:
-            save_checkpoint(accelerator, args.output_dir, progress.step, args.checkpoints_total_limit)
-    bar.close()
+    training_loop(trainer)
     if args.push_to_hub and accelerator.is_main_process:
         folder = pathlib.Path(args.output_dir, "pipeline")
         HfApi(token=args.hub_token).upload_folder(repo_id=args.hub_model_id, folder_path=folder)

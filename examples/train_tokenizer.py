@@ -39,18 +39,15 @@ from PIL import Image
 from reconstruction_losses import PatchDiscriminator, PerceptualLoss, discriminator_loss
 from torch.func import functional_call
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from training_utils import (
-    Collator,
-    PositionedDataset,
     Progress,
-    TrainingBatches,
+    check_finite,
+    check_output_dir,
     example_generators,
-    list_checkpoints,
-    load_checkpoint,
     make_accelerator,
     parse_arguments,
-    save_checkpoint,
+    resume,
+    training_loop,
     write_curves,
 )
 
@@ -220,11 +217,7 @@ class Trainer:
         self.accelerator = accelerator = make_accelerator(
             mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
         )
-        if list_checkpoints(args.output_dir) and args.resume_from_checkpoint is None:
-            raise ValueError(
-                f"`output_dir` {args.output_dir!r} holds checkpoints: go on with `--resume_from_checkpoint latest`, "
-                "or take another folder."
-            )
+        check_output_dir(args)
         transform = ImageTransform(args.resolution)
         self.dataset = load_image_dataset(args.train_data_dir).with_transform(transform)
         folders = [pathlib.Path(args.train_data_dir, name) for name in HELD_OUT]
@@ -261,26 +254,6 @@ class Trainer:
         )
         self.accelerator.register_for_checkpointing(scheduler)
         return *self.accelerator.prepare(model, optimizer), scheduler
-
-    def batches(self) -> DataLoader:
-        """This process' batches from the current position on."""
-        accelerator, args = self.accelerator, self.args
-        sampler = TrainingBatches(
-            len(self.dataset),
-            args.train_batch_size,
-            args.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-            self.progress.position,
-        )
-        return DataLoader(
-            PositionedDataset(self.dataset),
-            batch_sampler=sampler,
-            collate_fn=Collator(args.seed, args.random_flip, args.random_shift),
-            num_workers=args.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator(),
-        )
 
     def judge(self, restored: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         """The generator's adversarial term, scaled to the gradient of all others at the decoder's last layer."""
@@ -348,7 +321,7 @@ class Trainer:
         """Note the mean losses of the last steps, which waits for the device.
 
         Args:
-            rows (`list[dict[str, torch.Tensor]]`): what `step` returned; emptied.
+            rows (`list[dict[str, torch.Tensor]]`): what `step` returned.
 
         Returns:
             `dict[str, float]`: the row of `loss.csv`.
@@ -361,17 +334,9 @@ class Trainer:
             # Some begin in between.
             values = torch.stack([row[name] for row in rows if name in row])
             values = self.accelerator.reduce(values, "mean")
-            finite = values.isfinite().tolist()
-            if not all(finite):
-                step = self.progress.step - len(values) + finite.index(False) + 1
-                checkpoint = next(reversed(list_checkpoints(self.args.output_dir)), "none")
-                raise FloatingPointError(
-                    f"{name} is {values[finite.index(False)].item()} at step {step}. Last good checkpoint: "
-                    f"{checkpoint}. Try a lower learning rate, or bf16 instead of fp16."
-                )
+            check_finite(name, values, self)
             result[name] = values.mean().item()
         self.progress.history.append(result)
-        rows.clear()
         return result
 
     @contextmanager
@@ -431,29 +396,9 @@ def main(args: Arguments) -> None:
     """Train, measure, save."""
     logging.basicConfig(level=logging.WARNING)
     trainer = Trainer(args)
-    accelerator, progress = trainer.accelerator, trainer.progress
-    if args.resume_from_checkpoint is not None:
-        loaded = load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
-        logger.warning(f"Going on from {loaded}." if loaded else "No checkpoint yet: starting from the beginning.")
-    trainer.ema.to(accelerator.device)
-
-    rows: list[dict[str, torch.Tensor]] = []
-    batches = iter(trainer.batches())
-    bar = tqdm(initial=progress.step, total=args.max_train_steps, disable=not accelerator.is_main_process)
-    while progress.step < args.max_train_steps:
-        rows.append(trainer.step([next(batches) for _ in range(args.gradient_accumulation_steps)]))
-        bar.update()
-        last = progress.step == args.max_train_steps
-        save = last or progress.step % args.checkpointing_steps == 0
-        validate = last or progress.step % args.validation_steps == 0
-        if save or validate or progress.step % args.logging_steps == 0:
-            row = trainer.flush(rows)
-            bar.set_postfix({name: f"{value:.4f}" for name, value in row.items() if name != "step"})
-        if validate:
-            trainer.validate()
-        if save:
-            save_checkpoint(accelerator, args.output_dir, progress.step, args.checkpoints_total_limit)
-    bar.close()
+    accelerator = trainer.accelerator
+    resume(trainer)
+    training_loop(trainer)
     if accelerator.is_main_process:
         print(trainer.save())
     accelerator.end_training()

@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from image_data import augment
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 
@@ -338,7 +339,9 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, ste
 
 
 def load_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, name: str) -> pathlib.Path | None:
-    """Load the newest whole checkpoint of a run, or a given one, and remove newer ones; every process calls this.
+    """Load the newest whole checkpoint of a run, or a given one; every process calls this.
+
+    Newer ones would be taken for those of the run that goes on: damaged ones are removed, whole ones renamed.
 
     Args:
         accelerator (`Accelerator`): with the same objects as when it was saved.
@@ -363,11 +366,15 @@ def load_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, nam
     # Nothing is half accumulated, also where another number is accumulated now.
     accelerator.step -= accelerator.step % accelerator.gradient_accumulation_steps
     if accelerator.is_main_process:
-        # The run leaves them behind; kept, they would be taken for its newest.
-        step = int(pathlib.Path(chosen).name.rpartition("-")[2])
-        for newer in list_checkpoints(output_dir):
-            if int(newer.name[11:]) > step:
+        folders = list_checkpoints(output_dir)
+        # The run leaves newer ones behind; with their names they would be taken for its newest.
+        for newer in folders[folders.index(pathlib.Path(chosen)) + 1 :] if pathlib.Path(chosen) in folders else []:
+            if name == "latest":  # they are damaged
                 shutil.rmtree(newer.rename(newer.with_name("checkpoint.partial")))
+                continue
+            aside = newer.with_name(f"old-{newer.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            logger.warning(f"{newer} is newer than where the run goes on from; it is now {newer.rename(aside)}.")
     accelerator.wait_for_everyone()
     return pathlib.Path(chosen)
 
@@ -388,6 +395,112 @@ def _choose_checkpoint(output_dir: str | os.PathLike, name: str) -> tuple[str | 
         None,
         f"All checkpoints of {output_dir} are damaged: {[path.name for path in folders]}." if folders else None,
     )
+
+
+def check_output_dir(args: Any) -> None:
+    """Refuse to start anew among the checkpoints of another run.
+
+    Args:
+        args (`Any`): settings with `output_dir` and `resume_from_checkpoint`.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    if list_checkpoints(args.output_dir) and args.resume_from_checkpoint is None:
+        raise ValueError(
+            f"`output_dir` {args.output_dir!r} holds checkpoints: go on with `--resume_from_checkpoint latest`, "
+            "or take another folder."
+        )
+
+
+def check_finite(name: str, losses: torch.Tensor, trainer: Any) -> None:
+    """Stop where a loss of the last steps is not finite.
+
+    Args:
+        name (`str`): of what is checked, for the message.
+        losses (`torch.Tensor` of shape `(steps,)`): of the last steps, means of all processes.
+        trainer (`Any`): see `training_loop`.
+
+    Raises:
+        FloatingPointError: naming the step, its examples and the last checkpoint.
+    """
+    finite = losses.isfinite().tolist()
+    if all(finite):
+        return
+    args, progress = trainer.args, trainer.progress
+    step = progress.step - len(finite) + finite.index(False) + 1
+    size = args.train_batch_size * trainer.accelerator.num_processes * args.gradient_accumulation_steps
+    order = TrainingBatches(progress.num_examples, 1, args.seed)
+    last = progress.position - (progress.step - step) * size
+    examples = [order.index_at(position) for position in range(last - size, last)]
+    checkpoint = next(reversed(list_checkpoints(args.output_dir)), "none")
+    raise FloatingPointError(
+        f"{name} is {losses[finite.index(False)].item()} at step {step}. Its examples: {examples}. Last good "
+        f"checkpoint: {checkpoint}. Try a lower learning rate, or bf16 instead of fp16."
+    )
+
+
+def make_batches(trainer: Any) -> DataLoader:
+    """A process' batches from the run's position on.
+
+    Args:
+        trainer (`Any`): see `training_loop`.
+
+    Returns:
+        `DataLoader`: without an end.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    size, start = len(trainer.dataset), trainer.progress.position
+    return DataLoader(
+        PositionedDataset(trainer.dataset),
+        batch_sampler=TrainingBatches(size, args.train_batch_size, args.seed, rank, world_size, start),
+        collate_fn=Collator(args.seed, args.random_flip, args.random_shift),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        # Its own: an iterator over batches takes a number from the global state, which dropout draws from.
+        generator=torch.Generator(),
+    )
+
+
+def resume(trainer: Any) -> None:
+    """Load the checkpoint that the settings name, if any; every process calls this.
+
+    Args:
+        trainer (`Any`): see `training_loop`.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    if args.resume_from_checkpoint is not None:
+        loaded = load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
+        logger.warning(f"Going on from {loaded}." if loaded else "No checkpoint yet: starting from the beginning.")
+    trainer.ema.to(accelerator.device)
+
+
+def training_loop(trainer: Any) -> None:
+    """Step until `max_train_steps`, noting losses, validating and saving checkpoints when the settings say so.
+
+    Args:
+        trainer (`Any`): has `args`, `accelerator`, `dataset`, `ema` and `progress`; `step(batches)`, `flush(steps)`,
+            which notes what the last steps returned and gives a row of numbers, and `validate()`.
+    """
+    args, accelerator, progress = trainer.args, trainer.accelerator, trainer.progress
+    steps, batches = [], iter(make_batches(trainer))
+    bar = tqdm(initial=progress.step, total=args.max_train_steps, disable=not accelerator.is_main_process)
+    while progress.step < args.max_train_steps:
+        steps.append(trainer.step([next(batches) for _ in range(args.gradient_accumulation_steps)]))
+        bar.update()
+        last = progress.step == args.max_train_steps
+        save = last or progress.step % args.checkpointing_steps == 0
+        validate = last or progress.step % args.validation_steps == 0
+        if save or validate or progress.step % args.logging_steps == 0:
+            row = trainer.flush(steps)
+            steps.clear()
+            bar.set_postfix({name: f"{value:.4g}" for name, value in row.items() if name != "step"})
+        if validate:
+            trainer.validate()
+        if save:
+            save_checkpoint(accelerator, args.output_dir, progress.step, args.checkpoints_total_limit)
+    bar.close()
 
 
 def write_curves(history: list[dict[str, float]], output_dir: str | os.PathLike) -> None:

@@ -7,31 +7,14 @@ from statistics import median
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
+from example_runs import SIZES
 from snippets import ROOT
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import benchmark_training  # noqa: E402
-
-
-SIZES = {
-    "hidden_size": 16,
-    "num_encoder_layers": 1,
-    "num_decoder_layers": 1,
-    "num_attention_heads": 2,
-    "num_class_tokens": 2,
-    "head_config": {"num_layers": 1, "hidden_size": 16},
-}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from example_runs import forget_accelerate
 from mar_hf import ImageTokenizer, ImageTokenizerConfig
 from snippets import ROOT
 
@@ -28,14 +28,6 @@ from latent_data import load_latents  # noqa: E402
 
 COUNTS = {"cat": 5, "dog": 2, "owl": 4}
 SIZE = 16
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +73,7 @@ def whole(pictures, tokenizer, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         folder = cache(pictures, tokenizer, tmp_path_factory.mktemp("cache"))
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_accelerate()
     return folder
 
 

@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from common import seeded
@@ -22,16 +21,6 @@ import metrics  # noqa: E402
 
 
 CLASSES = ["cat, kitten", "clock", "heart"]
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    # Every run starts as a new program would: accelerate remembers the first one of a process.
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")

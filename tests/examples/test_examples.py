@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from example_runs import SIZES
 from mar_hf import ImageTokenizer, MARPipeline
 from snippets import ROOT, commands
 
@@ -27,23 +28,16 @@ CLASSES = ["clock", "face", "heart"]
 PER_CLASS = 4
 SIZE = 16
 TWO_STEPS = ["--resolution", str(SIZE), "--train_batch_size", "4", "--max_train_steps", "2"]
-MODEL = {
-    "hidden_size": 16,
-    "num_encoder_layers": 1,
-    "num_decoder_layers": 1,
-    "num_attention_heads": 2,
-    "num_class_tokens": 2,
-    "head_config": {"num_layers": 1, "hidden_size": 16},
-}
 SMALL_MODEL = [
-    *("--model_config", json.dumps(MODEL), "--validation_images", "2"),
+    *("--model_config", json.dumps(SIZES), "--validation_images", "2"),
     *("--generation_defaults", '{"num_inference_steps": 2, "num_diffusion_steps": 2}'),
 ]
 # What a command of the README writes -> what makes that command small. The last of two equal options counts.
 EMOJI = ["--npz", "emoji.npz", "--size", str(SIZE), "--classes", *CLASSES]
 SMALL = {
     "data/digits": [],
-    "out/digits": [*SMALL_MODEL, "--train_batch_size", "4", "--max_train_steps", "2"],
+    # The model of the configuration itself.
+    "out/digits": [*SMALL_MODEL[2:], "--train_batch_size", "4", "--max_train_steps", "2"],
     "data/emoji": EMOJI,
     "data/emoji_all": EMOJI,
     "out/tokenizer": [
@@ -131,6 +125,7 @@ def test_digits_are_trained_on_as_the_readme_says(workplace):
     assert run_readme("data/digits", workplace).startswith("1797 pictures in ")
     run_readme("out/digits", workplace)
     pipe = MARPipeline.from_pretrained(workplace / "out" / "digits" / "pipeline")
+    assert pipe.transformer.config.hidden_size == 128
     assert list(pipe.labels) == [str(digit) for digit in range(10)] and pipe.vae.autoencoder is None
     assert pipe(class_labels=["7"], generator=torch.Generator().manual_seed(0)).images[0].size == (8, 8)
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import debug_launcher
-from accelerate.state import AcceleratorState
 from PIL import Image
 
+from example_runs import forget_accelerate
 from mar_hf.cli import image_generator
 from snippets import ROOT
 from tiny_pipelines import tiny_pipeline, tiny_transformer
@@ -27,15 +27,6 @@ from image_data import ImageTransform, load_image_dataset  # noqa: E402
 CLASSES = ["cat, kitten", "clock", "heart"]
 # In the order in which they are made.
 FILES = [f"{name}/{number:05d}.png" for name in ("heart", "cat, kitten", "clock") for number in range(4)]
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    # Every run starts as a new program would: accelerate remembers the first one of a process.
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +74,7 @@ def test_the_folder_is_a_data_set(alone):
 
 
 def test_three_processes_write_the_same_bytes(model, alone, tmp_path):
-    AcceleratorState._reset_state(True)
+    forget_accelerate()
     debug_launcher(generate.main, (arguments(model, tmp_path),), num_processes=3)
     assert contents(tmp_path) == contents(alone)
 
@@ -101,7 +92,7 @@ def test_two_processes_of_the_launcher_write_the_same_bytes(model, alone, tmp_pa
 def test_killed_and_started_again_it_ends_with_the_same_bytes(model, tmp_path):
     many = {"num_images_per_class": 20, "batch_size": 2}
     generate.main(arguments(model, tmp_path / "whole", **many))
-    AcceleratorState._reset_state(True)
+    forget_accelerate()
     killed = arguments(model, tmp_path / "killed", **many)
     process = multiprocessing.get_context("fork").Process(target=generate.main, args=(killed,))
     process.start()

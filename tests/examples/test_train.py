@@ -11,11 +11,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (the default tracker has to be installed)
 
+from example_runs import SIZES, forget_accelerate
 from mar_hf import MARConfig, MARPipeline
 from snippets import ROOT
 
@@ -26,14 +26,6 @@ import cache_latents  # noqa: E402
 import train  # noqa: E402
 
 
-SIZES = {
-    "hidden_size": 16,
-    "num_encoder_layers": 1,
-    "num_decoder_layers": 1,
-    "num_attention_heads": 2,
-    "num_class_tokens": 2,
-    "head_config": {"num_layers": 1, "hidden_size": 16},
-}
 NO_DROPOUT = {**SIZES, "attention_dropout": 0.0, "hidden_dropout": 0.0}
 SETTINGS = {
     "resolution": 8,
@@ -66,18 +58,9 @@ def pictures(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures"), ["cat", "dog", "owl"], 5)
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """A run configures accelerate for its process; another one in the same process starts anew."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def run(data, folder, **settings):
     train.main(train.Arguments(train_data_dir=str(data), output_dir=str(folder), **{**SETTINGS, **settings}))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
     return folder
 
 

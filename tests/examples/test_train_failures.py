@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+from example_runs import SIZES, forget_accelerate
 from mar_hf import ImageTokenizer, ImageTokenizerConfig, MARPipeline
 from snippets import ROOT
 
@@ -30,14 +30,6 @@ from training_utils import TrainingBatches, check_checkpoint, list_checkpoints  
 
 COUNT = 15
 BATCH = 4
-SIZES = {
-    "hidden_size": 16,
-    "num_encoder_layers": 1,
-    "num_decoder_layers": 1,
-    "num_attention_heads": 2,
-    "num_class_tokens": 2,
-    "head_config": {"num_layers": 1, "hidden_size": 16},
-}
 SETTINGS = {
     "resolution": 8,
     "patch_size": 2,
@@ -69,8 +61,7 @@ def run(data, folder, **settings):
     try:
         train.main(train.Arguments(train_data_dir=str(data), output_dir=str(folder), **{**SETTINGS, **settings}))
     finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_accelerate()
     return folder
 
 

@@ -11,12 +11,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 from common import seeded
+from example_runs import forget_accelerate
 from mar_hf import ImageTokenizer
 from snippets import ROOT
 
@@ -24,6 +24,7 @@ from snippets import ROOT
 sys.path.insert(0, str(ROOT / "examples"))
 
 import train_tokenizer  # noqa: E402
+import training_utils  # noqa: E402
 from reconstruction_losses import PatchDiscriminator, PerceptualLoss, discriminator_loss  # noqa: E402
 
 
@@ -74,19 +75,6 @@ def features(tmp_path_factory):
         torch.manual_seed(0)
         torch.jit.trace(Features(), torch.zeros(1, 3, 8, 8)).save(path)
     return str(path)
-
-
-def forget_accelerate():
-    """A run configures accelerate for its process; another one in the same process starts anew."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    forget_accelerate()
 
 
 def arguments(data, folder, **settings):
@@ -256,7 +244,7 @@ def test_the_discriminator_takes_part_from_its_start_on(trained, pictures, tmp_p
 def test_the_adversarial_gradient_has_the_given_share(pictures, tmp_path, settings):
     args = arguments(pictures, tmp_path, **settings, discriminator_start=0, discriminator_weight=0.3)
     trainer = train_tokenizer.Trainer(args)
-    batch = next(iter(trainer.batches()))["pixel_values"]
+    batch = next(iter(training_utils.make_batches(trainer)))["pixel_values"]
     restored, _, _ = trainer.model(batch, [seeded(n) for n in range(4)])
     loss = (restored - batch).square().mean()
     term = trainer.judge(restored, loss)

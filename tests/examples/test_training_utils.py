@@ -135,10 +135,15 @@ def test_the_newest_checkpoint_is_loaded_and_old_ones_go(run):
     assert (layer.weight == 10).all()
     assert training_utils.load_checkpoint(accelerator, folder, "checkpoint-2") == folder / "checkpoint-2"
     assert (layer.weight == 2).all()
-    # What is newer than where the run goes on from would be taken for its newest.
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    # What is newer than where the run goes on from would be taken for its newest; it is whole, so it is kept.
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2", "old-checkpoint-10"]
+    assert training_utils.check_checkpoint(folder / "old-checkpoint-10") is None
     training_utils.save_checkpoint(accelerator, folder, 3, total_limit=2)
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-3", "old-checkpoint-10"]
+    # One that lies elsewhere leaves these alone.
+    (folder / "old-checkpoint-10").rename(folder / "chosen")
+    assert training_utils.load_checkpoint(accelerator, folder, "chosen") == folder / "chosen"
+    assert [path.name for path in training_utils.list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-3"]
     assert training_utils.load_checkpoint(accelerator, folder / "empty", "latest") is None
 
 

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of the example scripts share."""
+
+from accelerate.state import AcceleratorState, GradientState
+
+
+# `model_config` of a model that trains in milliseconds.
+SIZES = {
+    "hidden_size": 16,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 1,
+    "num_attention_heads": 2,
+    "num_class_tokens": 2,
+    "head_config": {"num_layers": 1, "hidden_size": 16},
+}
+
+
+def forget_accelerate() -> None:
+    """A script configures accelerate for its process; the next one in the same process starts as a new program."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
