@@ -19,40 +19,168 @@ from mar_hf.generation import (
     linear_guidance,
     linear_head_steps,
     look_up,
+    nearest_order,
+    random_annealed_order,
     random_order,
-    raster_order,
+    random_ratio,
     sample_mask,
     sample_num_masked,
+    sample_tokens_per_step,
+    spiral_order,
+    subsampled_order,
+    zigzag_order,
 )
 
 
 # Orders
 
+SIZES = [(1, 1), (1, 7), (7, 1), (3, 5), (4, 4), (16, 16)]
+SMALL_GRIDS = [(height, width) for height in range(1, 6) for width in range(1, 6)]
+RANDOM = ["random", "nearest"]
 
+
+def when_generated(order, height, width):
+    """The rank of every position, as a grid."""
+    return order.argsort().view(height, width).tolist()
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", GENERATION_ORDERS)
-@pytest.mark.parametrize("num_tokens", [1, 16, 255])
-def test_orders_are_permutations(name, num_tokens):
-    order = GENERATION_ORDERS[name](num_tokens, generator=seeded())
-    assert order.dtype == torch.int64 and order.device.type == "cpu"
-    assert torch.equal(order.sort().values, torch.arange(num_tokens))
+def test_orders_are_permutations(name, size):
+    for progress in (0.0, 1.0):
+        order = GENERATION_ORDERS[name](*size, generator=seeded(), progress=progress)
+        assert order.dtype == torch.int64 and order.device.type == "cpu"
+        assert torch.equal(order.sort().values, torch.arange(size[0] * size[1]))
 
 
-def test_random_orders_follow_their_generator():
-    assert torch.equal(random_order(64, seeded(1)), random_order(64, seeded(1)))
-    assert not torch.equal(random_order(64, seeded(1)), random_order(64, seeded(2)))
+@pytest.mark.parametrize(
+    "name, grid",
+    [
+        ("raster", [[0, 1, 2], [3, 4, 5]]),
+        ("zigzag", [[0, 1, 2], [5, 4, 3], [6, 7, 8], [11, 10, 9]]),
+        ("zigzag", [[0], [1], [2]]),
+        ("spiral", [[1, 2], [0, 3]]),
+        ("spiral", [[4, 5, 6], [3, 0, 7], [2, 1, 8]]),
+        ("spiral", [[9, 10, 11, 12], [8, 1, 2, 13], [7, 0, 3, 14], [6, 5, 4, 15]]),
+        ("spiral", [[11, 4, 5, 6, 12], [10, 3, 0, 7, 13], [9, 2, 1, 8, 14]]),
+        ("spiral", [[8, 1, 2, 9], [7, 0, 3, 10], [6, 5, 4, 11]]),
+        ("spiral", [[5, 3, 1, 0, 2, 4, 6]]),
+        ("spiral", [[3], [1], [0], [2]]),
+        ("checkerboard", [[0, 5, 1], [6, 2, 7], [3, 8, 4]]),
+        ("checkerboard", [[0, 4, 1, 5], [6, 2, 7, 3]]),
+        ("checkerboard", [[0, 3, 1, 4, 2]]),
+        ("subsampled", [[0, 4, 1, 5], [6, 7, 8, 9], [2, 10, 3, 11], [12, 13, 14, 15]]),
+        ("subsampled", [[0, 6, 2, 7, 1], [8, 9, 10, 11, 12], [3, 13, 4, 14, 5]]),
+        ("subsampled", [[0, 4, 2, 5, 1, 6, 3]]),
+    ],
+)
+def test_orders_on_small_grids(name, grid):
+    height, width = len(grid), len(grid[0])
+    generator, before = seeded(), seeded().get_state()
+    assert when_generated(GENERATION_ORDERS[name](height, width, generator), height, width) == grid
+    assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("height, width", SMALL_GRIDS)
+def test_spirals_start_in_the_centre(height, width):
+    row, column = divmod(spiral_order(height, width)[0].item(), width)
+    assert abs(2 * row - (height - 1)) <= 1 and abs(2 * column - (width - 1)) <= 1
+
+
+@pytest.mark.parametrize("order, sizes", [(spiral_order, [(n, n) for n in range(1, 9)]), (zigzag_order, SIZES)])
+def test_paths_have_no_jumps(order, sizes):
+    for height, width in sizes:
+        positions = order(height, width)
+        rows, columns = positions // width, positions % width
+        assert (rows.diff().abs() + columns.diff().abs() == 1).all()
+
+
+def test_subsampled_grids_are_twice_as_fine_each_time():
+    order = subsampled_order(16, 16)
+    for stride in (16, 8, 4, 2, 1):
+        grid = torch.arange(256).view(16, 16)[::stride, ::stride].flatten()
+        assert torch.equal(order[: len(grid)].sort().values, grid)
+
+
+def test_the_random_order_is_the_permutation_of_torch():
+    # Results that are saved somewhere depend on it.
+    assert torch.equal(random_order(4, 16, seeded(1)), torch.randperm(64, generator=seeded(1)))
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_orders_follow_their_generator(name):
+    order, before = GENERATION_ORDERS[name], torch.get_rng_state()
+    assert torch.equal(order(8, 8, seeded(1)), order(8, 8, seeded(1)))
+    assert not torch.equal(order(8, 8, seeded(1)), order(8, 8, seeded(2)))
     generator = seeded(1)
-    assert not torch.equal(random_order(64, generator), random_order(64, generator))
+    assert not torch.equal(order(8, 8, generator), order(8, 8, generator))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_random_orders_start_anywhere():
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_orders_without_a_generator_follow_the_global_one(name):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        found = GENERATION_ORDERS[name](4, 4)
+    assert torch.equal(found, GENERATION_ORDERS[name](4, 4, seeded(1)))
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_orders_start_anywhere(name):
     generator = seeded()
-    starts = torch.stack([random_order(4, generator) for _ in range(2000)])[:, 0].bincount(minlength=4)
+    starts = torch.stack([GENERATION_ORDERS[name](2, 2, generator) for _ in range(2000)])[:, 0].bincount(minlength=4)
     # 500 each, with a deviation of 19.4
     assert (starts - 500).abs().max() < 4 * 19.4
 
 
-def test_raster_order():
-    assert raster_order(6).tolist() == [0, 1, 2, 3, 4, 5]
+@pytest.mark.parametrize("height, width", SIZES)
+def test_nearest_grows_from_its_start(height, width):
+    for seed in range(5):
+        order = nearest_order(height, width, seeded(seed))
+        rows, columns = order // width, order % width
+        distance = (rows[:, None] - rows).abs() + (columns[:, None] - columns).abs()
+        for later in range(1, len(order)):
+            assert distance[later, :later].min() == 1
+        assert (distance[0].diff() >= 0).all()
+
+
+def test_nearest_breaks_ties_at_random():
+    generator = seeded()
+    orders = torch.stack([nearest_order(2, 2, generator) for _ in range(2000)])
+    # From each of the four starts to one of two neighbours: 250 each, with a deviation of 14.8
+    pairs = (orders[:, 0] * 4 + orders[:, 1]).unique(return_counts=True)[1]
+    assert len(pairs) == 8 and (pairs - 250).abs().max() < 4 * 14.8
+
+
+def test_share_of_random_orders():
+    assert [random_ratio(progress) for progress in (0.0, 0.5, 0.625, 0.75, 1.0)] == [1.0, 1.0, 0.5, 0.0, 0.0]
+    assert [random_ratio(progress, 0.0, 1.0) for progress in (0.0, 0.25, 1.0)] == [1.0, 0.75, 0.0]
+    # From one to the other at once; and raster all the time
+    assert [random_ratio(progress, 0.5, 0.5) for progress in (0.0, 0.49, 0.5, 1.0)] == [1.0, 1.0, 0.0, 0.0]
+    assert [random_ratio(progress, 0.0, 0.0) for progress in (0.0, 1.0)] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5])
+def test_annealed_orders_are_random_at_first(progress):
+    for seed in range(20):
+        assert torch.equal(random_annealed_order(3, 5, seeded(seed), progress), random_order(3, 5, seeded(seed)))
+
+
+@pytest.mark.parametrize("settings", [{"progress": 0.75}, {"progress": 1.0}, {}])
+def test_annealed_orders_are_raster_at_last(settings):
+    generator, before = seeded(), seeded().get_state()
+    for _ in range(20):
+        assert torch.equal(random_annealed_order(3, 5, generator, **settings), torch.arange(15))
+    assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("progress, share", [(0.5625, 0.75), (0.625, 0.5), (0.6875, 0.25)])
+def test_annealed_orders_change_gradually(progress, share):
+    generator, raster, draws = seeded(), torch.arange(16), 400
+    orders = [random_annealed_order(4, 4, generator, progress) for _ in range(draws)]
+    found = sum(not torch.equal(order, raster) for order in orders) / draws
+    # A share of 400 has a deviation of at most 0.025.
+    assert found == pytest.approx(share, abs=4 * 0.025)
 
 
 # Tokens per step
@@ -94,6 +222,39 @@ def test_constant_schedule():
     for steps in range(1, 65):
         counts = constant_tokens_per_step(64, steps)
         assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("num_tokens, maximum", [(1, 4), (16, 2), (16, 5), (64, 64), (5, 100)])
+def test_drawn_counts_use_every_token_once(num_tokens, maximum):
+    for seed in range(20):
+        counts = sample_tokens_per_step(num_tokens, maximum, seeded(seed))
+        assert all(type(count) is int and 1 <= count <= maximum for count in counts)
+        assert sum(counts) == num_tokens
+
+
+def test_drawn_counts_are_all_as_likely():
+    generator = seeded()
+    firsts = torch.tensor([sample_tokens_per_step(16, 4, generator)[0] for _ in range(2000)])
+    # 500 each, with a deviation of 19.4
+    assert (firsts.bincount(minlength=5)[1:] - 500).abs().max() < 4 * 19.4
+
+
+def test_drawn_counts_follow_their_generator():
+    before = torch.get_rng_state()
+    first, second, other = (sample_tokens_per_step(64, 8, seeded(seed)) for seed in (1, 1, 2))
+    assert first == second != other
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_one_token_a_step_is_not_drawn():
+    generator, before = seeded(), seeded().get_state()
+    assert sample_tokens_per_step(4, 1, generator) == [1, 1, 1, 1]
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_no_token_a_step_is_refused():
+    with pytest.raises(ValueError, match="`maximum` has to be at least 1, got 0"):
+        sample_tokens_per_step(4, 0)
 
 
 # Guidance
@@ -222,5 +383,5 @@ def test_tables_name_what_they_have(table):
     for name, entry in table.items():
         assert look_up(table, name, "argument") is entry
     with pytest.raises(ValueError) as error:
-        look_up(table, "spiral", "generation_order")
-    assert str(error.value) == f"`generation_order` has to be one of {sorted(table)}, got 'spiral'."
+        look_up(table, "hilbert", "generation_order")
+    assert str(error.value) == f"`generation_order` has to be one of {sorted(table)}, got 'hilbert'."
