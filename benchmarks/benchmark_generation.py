@@ -26,7 +26,6 @@ from diffusers import AutoencoderKL
 
 import mar_hf
 from mar_hf import ImageTokenizer, MARConfig, MARForImageGeneration, MARPipeline, TokenDDPMScheduler
-from mar_hf.models import PRESETS
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         default="demo",
-        help=f"{', '.join(PRESETS)} (random weights, 256 x 256 pixels), a pipeline's folder, or demo (default)",
+        help=f"{', '.join(MARConfig.presets)} (random weights, 256 x 256), a pipeline's folder, or demo (default)",
     )
     parser.add_argument("--batch-size", type=int, default=1, help="pictures in one call (default: %(default)s)")
     parser.add_argument("--num-inference-steps", type=int, help="autoregressive steps (default: the model's own)")
@@ -68,7 +67,7 @@ def random_pipeline(preset: str, device: str) -> MARPipeline:
     """A released size with random weights: the arithmetic of the real model, pictures of nothing.
 
     Args:
-        preset (`str`): a name in `PRESETS`.
+        preset (`str`): a name in `MARConfig.presets`.
         device (`str`): where to make it.
 
     Returns:
@@ -86,7 +85,7 @@ def random_pipeline(preset: str, device: str) -> MARPipeline:
 
 def load_pipeline(model: str, device: str, dtype: torch.dtype) -> MARPipeline:
     """The pipeline that `--model` names, quiet, on the device."""
-    if model in PRESETS:
+    if model in MARConfig.presets:
         # Random weights make the sampler run away, and the pipeline warn.
         logging.getLogger("mar_hf").setLevel(logging.ERROR)
         pipe = random_pipeline(model, device)

@@ -83,7 +83,7 @@ def random_cache(folder: Path, args: train.Arguments, kind: str) -> str:
     return str(folder)
 
 
-def bare_step(trainer: train.Trainer, batch: dict[str, torch.Tensor]) -> Callable[[list[int]], None]:
+def bare_step(trainer: train.Trainer, batch: dict[str, torch.Tensor]) -> Callable[[list[dict[str, Any]]], None]:
     """A second model with its optimizer: nothing but forward, backward and optimizer, always on the same tokens.
 
     Args:
@@ -91,7 +91,7 @@ def bare_step(trainer: train.Trainer, batch: dict[str, torch.Tensor]) -> Callabl
         batch (`dict[str, torch.Tensor]`): the pictures.
 
     Returns:
-        `Callable`: one step, given the number of masked tokens of each of its batches.
+        `Callable`: one step, given what the model leaves open for each of its batches.
     """
     args, accelerator = trainer.args, trainer.accelerator
     device = accelerator.device
@@ -104,16 +104,16 @@ def bare_step(trainer: train.Trainer, batch: dict[str, torch.Tensor]) -> Callabl
     generators = example_generators(args.seed, batch["position"], device)
     tokens, labels = train.encode(batch, trainer.tokenizer, generators, device)
 
-    def step(num_masked: list[int]) -> None:
-        for count in num_masked:
+    def step(drawn: list[dict[str, Any]]) -> None:
+        for inputs in drawn:
             with accelerator.autocast():
                 loss = model(
                     tokens,
                     class_labels=labels if trainer.names else None,
-                    num_masked=count,
                     noise_scheduler=trainer.noise_scheduler,
+                    **inputs,
                 ).loss
-            (loss / len(num_masked)).backward()
+            (loss / len(drawn)).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -144,11 +144,12 @@ def time_steps(trainer: train.Trainer, repeats: int) -> dict[str, list[float]]:
     for repeat in range(WARM_UP + repeats):
         numbers = range(args.gradient_accumulation_steps)
         first = trainer.progress.step * len(numbers)
-        num_masked = [train.draw_num_masked(args, trainer.config, first + number, 0) for number in numbers]
+        generators = example_generators(args.seed, range(args.train_batch_size), device)
+        drawn = [train.draw_inputs(args, trainer.bare_model, generators, first + n, device) for n in numbers]
         for kind in ("bare step", "training step")[:: 1 if repeat % 2 else -1]:
             start = now()
             if kind == "bare step":
-                bare(num_masked)
+                bare(drawn)
             else:
                 pieces = [next(batches) for _ in numbers]
                 seconds["data"].append(time.perf_counter() - start)

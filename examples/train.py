@@ -22,6 +22,7 @@ import pathlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,19 +55,17 @@ from mar_hf import (
     ImageTokenizer,
     ImageTokenizerConfig,
     MARConfig,
-    MARForImageGeneration,
     MARPipeline,
     TokenDDPMScheduler,
     build_model_card,
 )
-from mar_hf.generation import look_up, sample_mask, sample_num_masked
+from mar_hf.generation import TOKEN_SCHEDULES, look_up
+from mar_hf.models import BACKBONES
 from mar_hf.utils import atomic_folder
 
 
 logger = get_logger(__name__)
 
-# `model_type` of a configuration -> (configuration, backbone with its head).
-BACKBONES = {MARConfig.model_type: (MARConfig, MARForImageGeneration)}
 # What a tracker needs to be told of a picture (1, H, W, 3).
 IMAGE_FORMAT = {"tensorboard": {"dataformats": "NHWC"}}
 
@@ -237,9 +236,11 @@ def build_model(args: Arguments, tokenizer: ImageTokenizer, names: list[str] | N
         return fine_tuned_model(args, settings, names)
     if args.resolution % tokenizer.stride:
         raise ValueError(f"`resolution` has to be a multiple of {tokenizer.stride}, got {args.resolution}.")
-    config_class, model_class = look_up(BACKBONES, settings.pop("model_type", MARConfig.model_type), "model_type")
+    config_class, _, model_class = look_up(BACKBONES, settings.pop("model_type", MARConfig.model_type), "model_type")
     preset = settings.pop("preset", "base")
-    head_config = {**config_class.preset(preset).head_config, **settings.pop("head_config", {})}
+    defaults, head_config = config_class.preset(preset), settings.pop("head_config", {})
+    if settings.get("head_type", defaults.head_type) == defaults.head_type:
+        head_config = {**defaults.head_config, **head_config}
     grid = args.resolution // tokenizer.stride
     sizes = {"grid_height": grid, "grid_width": grid, "token_dim": tokenizer.token_dim, "num_classes": num_classes}
     return model_class(config_class.preset(preset, **sizes, head_config=head_config, **settings))
@@ -249,7 +250,8 @@ def fine_tuned_model(args: Arguments, settings: dict, names: list[str] | None) -
     """The model of a pipeline, with a class table for the new classes: those of the same name and no class stay."""
     source = args.pretrained_model_name_or_path
     index = MARPipeline.load_config(source)
-    model_class = look_up({cls.__name__: cls for _, cls in BACKBONES.values()}, index["transformer"][1], "transformer")
+    classes = {model_class.__name__: model_class for _, _, model_class in BACKBONES.values()}
+    model_class = look_up(classes, index["transformer"][1], "transformer")
     model = model_class.from_pretrained(source, subfolder="transformer", dtype=torch.float32, **settings)
     old = {name: int(number) for number, name in (index.get("id2label") or {}).items()}
     num_classes = len(names) if names else 1
@@ -290,12 +292,23 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def draw_num_masked(args: Arguments, config: MARConfig, batch_number: int, rank: int) -> int:
-    """Masked tokens of a batch, the same in all processes unless the settings say otherwise."""
+def draw_inputs(
+    args: Arguments,
+    model: PreTrainedModel,
+    generators: list[torch.Generator],
+    batch_number: int,
+    device: torch.device,
+    rank: int = 0,
+    progress: float = 1.0,
+) -> dict[str, Any]:
+    """What the model leaves open for a batch: masks or orders, each example's from its own generator.
+
+    What examples have in common is the same in all processes, unless the settings say otherwise.
+    """
     stream = 4 + rank if args.mask_ratio_per_process else 2
-    generator = example_generators(args.seed, [batch_number], stream=stream)[0]
-    ratios = (config.mask_ratio_min, config.mask_ratio_mean, config.mask_ratio_std)
-    return sample_num_masked(config.num_tokens, *ratios, generator=generator)
+    shared = example_generators(args.seed, [batch_number], stream=stream)[0]
+    drawn = model.training_inputs(len(generators), generators, shared, progress=progress)
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in drawn.items()}
 
 
 @torch.no_grad()
@@ -348,7 +361,11 @@ class Trainer:
         if not self.from_latents:
             self.tokenizer.to(accelerator.device)
         model = build_model(args, self.tokenizer, self.names)
-        self.model_class, self.config = type(model), model.config
+        self.model_class, self.config, self.bare_model = type(model), model.config, model
+        # Also finds out now, not at the first validation, whether the tokenizer of cached latents is there.
+        whole = load_tokenizer(args, self.dataset, weights=True) if self.from_latents else self.tokenizer
+        model.head.set_tokenizer(whole)
+        self.generation_defaults = self.build_generation_defaults()
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         model = add_lora(args, model)
@@ -394,17 +411,35 @@ class Trainer:
         settings["max_timestep"] = args.max_timestep or settings.get("max_timestep", 950)
         return TokenDDPMScheduler.from_config(settings)
 
+    def build_generation_defaults(self) -> dict[str, Any]:
+        """What the saved pipeline does by default; wrong settings are better found now than when it is built."""
+        args, model = self.args, self.bare_model
+        if args.generation_defaults is not None:
+            defaults = json.loads(args.generation_defaults)
+        elif args.pretrained_model_name_or_path is not None:
+            defaults = MARPipeline.load_config(args.pretrained_model_name_or_path)["generation_defaults"] or {}
+        else:
+            defaults = {"num_inference_steps": 32, "num_diffusion_steps": 50, "guidance_scale": 3.0}
+            defaults |= model.sampling_defaults
+        if "num_inference_steps" in defaults:
+            defaults["num_inference_steps"] = min(defaults["num_inference_steps"], self.config.num_tokens)
+            settings = {"token_schedule": "cosine", **model.sampling_defaults, **defaults}
+            schedule = look_up(TOKEN_SCHEDULES, settings["token_schedule"], "token_schedule")
+            model.check_tokens_per_step(schedule(self.config.num_tokens, settings["num_inference_steps"]))
+        return defaults
+
     def loss(self, batch: dict[str, torch.Tensor], batch_number: int) -> torch.Tensor:
         """The training loss of a batch, drawing everything random from the examples' own generators."""
         device = self.accelerator.device
         generators = example_generators(self.args.seed, batch["position"], device)
         tokens, labels = encode(batch, self.tokenizer, generators, device)
+        rank, progress = self.accelerator.process_index, self.progress.step / self.args.max_train_steps
         return self.model(
             tokens,
             class_labels=labels if self.names else None,
-            num_masked=draw_num_masked(self.args, self.config, batch_number, self.accelerator.process_index),
             noise_scheduler=self.noise_scheduler,
             generator=generators,
+            **draw_inputs(self.args, self.bare_model, generators, batch_number, device, rank, progress),
         ).loss
 
     def step(self, batches: Sequence[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -456,20 +491,12 @@ class Trainer:
         tokenizer = self.tokenizer
         if self.from_latents:
             tokenizer = load_tokenizer(self.args, self.dataset, weights=True).to(model.device)
-        if self.args.generation_defaults is not None:
-            defaults = json.loads(self.args.generation_defaults)
-        elif self.args.pretrained_model_name_or_path is not None:
-            defaults = MARPipeline.load_config(self.args.pretrained_model_name_or_path)["generation_defaults"] or {}
-        else:
-            defaults = {"num_inference_steps": 32, "num_diffusion_steps": 50, "guidance_scale": 3.0}
-        if "num_inference_steps" in defaults:
-            defaults["num_inference_steps"] = min(defaults["num_inference_steps"], self.config.num_tokens)
         return MARPipeline(
             transformer=model,
             vae=tokenizer,
             scheduler=self.noise_scheduler,
             id2label=dict(enumerate(self.names)) if self.names else None,
-            generation_defaults=defaults,
+            generation_defaults=self.generation_defaults,
         )
 
     @torch.no_grad()
@@ -484,10 +511,13 @@ class Trainer:
             batch = collate(dataset.__getitems__(keys[first : first + 32]))
             generators = example_generators(args.seed, batch["position"], model.device, stream=3)
             tokens, labels = encode(batch, self.tokenizer, generators, model.device)
-            num_masked = draw_num_masked(args, self.config, first, 0)
-            mask = sample_mask(len(tokens), self.config.num_tokens, num_masked, generators).to(model.device)
-            labels = labels if self.names else None
-            output = model(tokens, mask, labels, self.noise_scheduler, num_masked=num_masked, generator=generators)
+            output = model(
+                tokens,
+                class_labels=labels if self.names else None,
+                noise_scheduler=self.noise_scheduler,
+                generator=generators,
+                **draw_inputs(args, model, generators, first, model.device),
+            )
             losses += [output.loss] * len(tokens)
         return torch.stack(losses).mean().item()
 

@@ -12,9 +12,17 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers import PreTrainedModel
 
 from . import conversion, generation
-from .heads import TOKEN_HEADS, DiffusionHead, TokenHead
+from .heads import TOKEN_HEADS, CategoricalHead, DiffusionHead, TokenHead
 from .hub import build_model_card
-from .models import BackboneOutput, MARConfig, MARForImageGeneration, MARModel
+from .models import (
+    ARConfig,
+    ARForImageGeneration,
+    ARModel,
+    BackboneOutput,
+    MARConfig,
+    MARForImageGeneration,
+    MARModel,
+)
 from .pipelines import MARPipeline
 from .schedulers import TokenDDPMScheduler
 from .tokenizers import ImageTokenizer, ImageTokenizerConfig
@@ -40,7 +48,11 @@ def demo_checkpoint() -> str:
 
 __all__ = [
     "TOKEN_HEADS",
+    "ARConfig",
+    "ARForImageGeneration",
+    "ARModel",
     "BackboneOutput",
+    "CategoricalHead",
     "DiffusionHead",
     "ImageTokenizer",
     "ImageTokenizerConfig",

@@ -6,7 +6,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from mar_hf import MARConfig
-from mar_hf.models import PRESETS
 
 
 def test_defaults_are_the_base_preset():
@@ -46,7 +45,7 @@ def test_configurations_share_nothing():
     MARConfig().head_config["num_layers"] = 99
     MARConfig.preset("large").hidden_size = 99
     assert MARConfig().head_config == {"num_layers": 6, "hidden_size": 1024}
-    assert MARConfig.preset("large").hidden_size == PRESETS["large"]["hidden_size"] == 1024
+    assert MARConfig.preset("large").hidden_size == MARConfig.presets["large"]["hidden_size"] == 1024
 
 
 def test_every_field_comes_back(tmp_path):
@@ -128,7 +127,7 @@ def test_fields_have_names():
         ({"mask_ratio_min": 0}, r"`mask_ratio_min` has to lie in \(0, 1\], got 0"),
         ({"mask_ratio_min": 1.1}, r"`mask_ratio_min` has to lie in \(0, 1\], got 1.1"),
         ({"mask_ratio_std": 0}, "`mask_ratio_std` has to be above 0, got 0"),
-        ({"head_type": "flow"}, r"`head_type` has to be one of \['diffusion'.*\], got 'flow'"),
+        ({"head_type": "flow"}, r"`head_type` has to be one of \['categorical', 'diffusion'.*\], got 'flow'"),
     ],
 )
 def test_values_out_of_range(settings, message):

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging, replace_example_docstring
 from huggingface_hub import create_repo, file_exists
+from transformers import Cache
 
 from ..generation import (
     GENERATION_ORDERS,
@@ -19,7 +20,7 @@ from ..generation import (
     look_up,
 )
 from ..hub import build_model_card
-from ..models import MARForImageGeneration
+from ..models import ARForImageGeneration, MARForImageGeneration, add_context_noise
 from ..schedulers import TokenDDPMScheduler
 from ..tokenizers import ImageTokenizer
 
@@ -36,6 +37,8 @@ GENERATION_DEFAULTS: dict[str, Any] = {
     "head_step_schedule": "constant",
     "temperature": 1.0,
     "generation_order": "random",
+    "context_noise": 0.0,
+    "head_kwargs": None,
 }
 
 # Tokens have unit variance; beyond this they are not tokens any more but a sampler that ran away.
@@ -54,10 +57,10 @@ EXAMPLE_DOC_STRING = """
 
 
 class MARPipeline(DiffusionPipeline):
-    """Class-conditional pictures from an autoregressive model over continuous tokens (MAR, arXiv:2406.11838).
+    """Class-conditional pictures from an autoregressive model over continuous tokens (arXiv:2406.11838).
 
     Args:
-        transformer ([`MARForImageGeneration`]): the backbone with its token head.
+        transformer ([`MARForImageGeneration`] or [`ARForImageGeneration`]): the backbone with its token head.
         vae ([`ImageTokenizer`]): tokens to pictures; the slot keeps diffusers' name.
         scheduler (`SchedulerMixin`): runs the head: [`TokenDDPMScheduler`], or a diffusers scheduler made with
             `X.from_config(pipe.scheduler.config)`.
@@ -75,7 +78,7 @@ class MARPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: MARForImageGeneration,
+        transformer: MARForImageGeneration | ARForImageGeneration,
         vae: ImageTokenizer,
         scheduler: SchedulerMixin,
         id2label: dict | None = None,
@@ -110,12 +113,14 @@ class MARPipeline(DiffusionPipeline):
 
     @property
     def generation_defaults(self) -> dict[str, Any]:
-        """What `__call__` uses where an argument is None; without saved ones, at most one step per token.
+        """What `__call__` uses where an argument is None: saved with the pipeline, or following from its model.
 
-        A saved temperature is [`TokenDDPMScheduler`]'s: with another scheduler, which has none, the default is 1.0.
+        Without either it is `GENERATION_DEFAULTS` with at most one step per token. A saved temperature is
+        [`TokenDDPMScheduler`]'s: with another scheduler, which has none, the default is 1.0.
         """
         steps = min(GENERATION_DEFAULTS["num_inference_steps"], self.transformer.config.num_tokens)
-        defaults = {**GENERATION_DEFAULTS, "num_inference_steps": steps, **(self.config.generation_defaults or {})}
+        defaults = {**GENERATION_DEFAULTS, "num_inference_steps": steps, **self.transformer.sampling_defaults}
+        defaults |= self.config.generation_defaults or {}
         return defaults if isinstance(self.scheduler, TokenDDPMScheduler) else {**defaults, "temperature": 1.0}
 
     @property
@@ -184,11 +189,18 @@ class MARPipeline(DiffusionPipeline):
                 raise ValueError(f"`{name}` has to be a finite number, got {settings[name]!r}.")
         if settings["temperature"] < 0:
             raise ValueError(f"`temperature` has to be at least 0, got {settings['temperature']}.")
-        look_up(TOKEN_SCHEDULES, settings["token_schedule"], "token_schedule")
+        schedule = look_up(TOKEN_SCHEDULES, settings["token_schedule"], "token_schedule")
+        self.transformer.check_tokens_per_step(schedule(config.num_tokens, steps))
         look_up(GUIDANCE_SCHEDULES, settings["guidance_schedule"], "guidance_schedule")
         look_up(HEAD_STEP_SCHEDULES, settings["head_step_schedule"], "head_step_schedule")
         self._check_order(settings["generation_order"], len(labels))
-        self.transformer.head.check_scheduler(self.scheduler, settings["temperature"])
+        level = settings["context_noise"]
+        if not isinstance(level, (int, float)) or not 0 <= level <= 1:
+            raise ValueError(f"`context_noise` has to lie in [0, 1], got {level!r}.")
+        head_kwargs = settings["head_kwargs"] or {}
+        if not isinstance(head_kwargs, dict):
+            raise ValueError(f"`head_kwargs` has to be a dict, got {head_kwargs!r}.")
+        self.transformer.head.check_scheduler(self.scheduler, settings["temperature"], **head_kwargs)
         sources = generator if isinstance(generator, list) else [generator]
         if generator is not None and not all(isinstance(source, torch.Generator) for source in sources):
             raise ValueError(f"`generator` has to be a torch.Generator or a list of them, got {generator!r}.")
@@ -253,7 +265,8 @@ class MARPipeline(DiffusionPipeline):
         num_diffusion_steps: int,
         generator: torch.Generator | list[torch.Generator],
         noise: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        context_noise: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """All randomness of a call: each picture draws its order, then its noise, from its own generator.
 
         Args:
@@ -263,22 +276,28 @@ class MARPipeline(DiffusionPipeline):
             generator (`torch.Generator` or `list[torch.Generator]`): one for all pictures, which draw from it one
                 after the other, or one each.
             noise (`torch.Tensor`, *optional*): the noise itself.
+            context_noise (`float`, *optional*, defaults to 0.0): level of the noise in the context; drawn last, and
+                only above 0.
 
         Returns:
-            two `torch.Tensor` on the CPU: orders of shape `(batch_size, num_tokens)`, int64, and noise of shape
-            `(batch_size, num_tokens, num_diffusion_steps + 1, token_dim)`, float32.
+            three `torch.Tensor` on the CPU: orders of shape `(batch_size, num_tokens)`, int64, noise of shape
+            `(batch_size, num_tokens, num_diffusion_steps + 1, token_dim)`, float32, and that of the context of shape
+            `(batch_size, num_tokens, token_dim)`, or None.
         """
         config = self.transformer.config
         generators = generator if isinstance(generator, list) else [generator] * batch_size
         shape = (config.num_tokens, num_diffusion_steps + 1, config.token_dim)
-        orders, noises = [], []
+        orders, noises, contexts = [], [], []
         for source in generators:
             if isinstance(generation_order, str):
-                orders.append(GENERATION_ORDERS[generation_order](config.num_tokens, generator=source))
+                order = GENERATION_ORDERS[generation_order]
+                orders.append(order(config.grid_height, config.grid_width, generator=source))
             if noise is None:
                 noises.append(torch.randn(shape, generator=source, device=source.device).cpu())
+            if context_noise > 0:
+                contexts.append(torch.randn(shape[::2], generator=source, device=source.device).cpu())
         orders = torch.stack(orders) if orders else generation_order.long()
-        return orders, torch.stack(noises) if noises else noise
+        return orders, torch.stack(noises) if noises else noise, torch.stack(contexts) if contexts else None
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -296,6 +315,8 @@ class MARPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         noise: torch.Tensor | None = None,
+        context_noise: float | None = None,
+        head_kwargs: dict[str, Any] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["MARPipeline", int, int, dict], dict] | None = None,
@@ -308,13 +329,15 @@ class MARPipeline(DiffusionPipeline):
         Args:
             class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): classes by number or name; None
                 generates without a class.
-            num_inference_steps (`int`, *optional*): autoregressive steps, at most the number of tokens.
+            num_inference_steps (`int`, *optional*): autoregressive steps, at most the number of tokens; exactly so
+                many for a causal model that predicts one token a step.
             guidance_scale (`float`, *optional*): classifier-free guidance; 1.0 means none.
             num_diffusion_steps (`int`, *optional*): steps of the token head's sampler.
             guidance_schedule (`str`, *optional*): a name in `GUIDANCE_SCHEDULES`: linear or constant.
             token_schedule (`str`, *optional*): a name in `TOKEN_SCHEDULES`: cosine or constant.
             head_step_schedule (`str`, *optional*): a name in `HEAD_STEP_SCHEDULES`: constant, or linear annealing.
-            temperature (`float`, *optional*): multiplies the noise that the head's sampler injects.
+            temperature (`float`, *optional*): multiplies the noise that the diffusion head's sampler injects; divides
+                the logits of a categorical head.
             generation_order (`str` or `torch.Tensor` of shape `(batch, num_tokens)`, *optional*): a name in
                 `GENERATION_ORDERS`, or the positions in the order in which they are generated.
             num_images_per_prompt (`int`, *optional*, defaults to 1): pictures for each label.
@@ -323,6 +346,10 @@ class MARPipeline(DiffusionPipeline):
                 entropy.
             noise (`torch.Tensor` of shape `(batch, num_tokens, num_diffusion_steps + 1, token_dim)`, *optional*):
                 entry 0 starts the head for the token at that position, entry 1 + s is injected at its step s.
+            context_noise (`float`, *optional*): share of noise mixed into the tokens that the backbone sees, for
+                models trained with some; 0.0 means none.
+            head_kwargs (`dict`, *optional*): further arguments of the head's `sample`, such as `top_k` and `top_p` of
+                a categorical head.
             output_type (`str`, *optional*, defaults to `"pil"`): pil, np, pt (in [0, 1]) or latent (unit-scaled grid).
             return_dict (`bool`, *optional*, defaults to `True`): False gives a tuple.
             callback_on_step_end (`Callable`, *optional*): called after each autoregressive step with the pipeline, the
@@ -348,6 +375,8 @@ class MARPipeline(DiffusionPipeline):
             "head_step_schedule": head_step_schedule,
             "temperature": temperature,
             "generation_order": generation_order,
+            "context_noise": context_noise,
+            "head_kwargs": head_kwargs,
         }
         defaults = self.generation_defaults
         settings = {name: defaults[name] if value is None else value for name, value in given.items()}
@@ -378,21 +407,33 @@ class MARPipeline(DiffusionPipeline):
             generator = torch.Generator()
             generator.seed()
         labels = torch.tensor(labels, device=device) if self._conditional else None
-        orders, noise = self.prepare_randomness(
-            batch_size, settings["generation_order"], settings["num_diffusion_steps"], generator, noise
+        level = settings["context_noise"]
+        orders, noise, context = self.prepare_randomness(
+            batch_size, settings["generation_order"], settings["num_diffusion_steps"], generator, noise, level
         )
         orders, noise = orders.to(device), noise.to(device)
+        context = None if context is None else context.to(device)
         tokens = torch.zeros(batch_size, config.num_tokens, config.token_dim, device=device)
         mask = torch.ones(batch_size, config.num_tokens, dtype=torch.bool, device=device)
 
         # 4. Autoregressive loop
-        done = 0
+        done, cache, was_guided = 0, None, None
         with self.progress_bar(total=steps) as progress_bar:
             for step, count in enumerate(tokens_per_step):
                 if self.interrupt:
                     break
                 positions = orders[:, done : done + count]
-                condition, negative = self._predict(tokens, mask, labels, config.num_tokens - done, positions)
+                guided = self.do_classifier_free_guidance
+                if cache is None or guided != was_guided:
+                    # What callbacks change is not what was kept.
+                    cache, was_guided = self.transformer.make_cache(tokens_per_step), guided
+                condition, negative = self._predict(
+                    tokens if context is None else add_context_noise(tokens, context, level),
+                    orders,
+                    tokens_per_step[: step + 1],
+                    labels,
+                    cache,
+                )
                 sampled = self.transformer.head.sample(
                     condition=condition,
                     negative_condition=negative,
@@ -404,6 +445,7 @@ class MARPipeline(DiffusionPipeline):
                     temperature=settings["temperature"],
                     noise=noise.gather(1, positions[..., None, None].expand(-1, -1, *noise.shape[2:])),
                     generator=generator,
+                    **settings["head_kwargs"] or {},
                 )
                 tokens = tokens.scatter(1, positions[..., None].expand_as(sampled), sampled)
                 mask = mask.scatter(1, positions, False)
@@ -414,7 +456,7 @@ class MARPipeline(DiffusionPipeline):
                     kwargs = {name: available[name] for name in callback_on_step_end_tensor_inputs}
                     returned = callback_on_step_end(self, step, done, kwargs) or {}
                     if "latents" in returned:
-                        tokens = self.vae.patchify(returned["latents"]).to(tokens)
+                        tokens, cache = self.vae.patchify(returned["latents"]).to(tokens), None
                 progress_bar.update()
 
         # 5. Decode
@@ -437,19 +479,17 @@ class MARPipeline(DiffusionPipeline):
     def _predict(
         self,
         tokens: torch.Tensor,
-        mask: torch.Tensor,
+        orders: torch.Tensor,
+        tokens_per_step: list[int],
         labels: torch.Tensor | None,
-        num_masked: int,
-        positions: torch.Tensor,
+        cache: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Condition vectors (B, K, D) at the positions, and those of the null class where guidance needs them."""
+        """Condition vectors (B, K, D) of the last step, and those of the null class where guidance needs them."""
         guided = self.do_classifier_free_guidance
         if guided:
             null = torch.full_like(labels, self.transformer.config.num_classes)
-            tokens, mask, labels = torch.cat([tokens] * 2), torch.cat([mask] * 2), torch.cat([labels, null])
-            positions = torch.cat([positions] * 2)
-        condition = self.transformer(tokens, mask, labels, num_masked=num_masked).condition
-        condition = condition.gather(1, positions[..., None].expand(-1, -1, condition.shape[-1]))
+            tokens, orders, labels = torch.cat([tokens] * 2), torch.cat([orders] * 2), torch.cat([labels, null])
+        condition = self.transformer.predict(tokens, orders, tokens_per_step, labels, cache)
         return tuple(condition.chunk(2)) if guided else (condition, None)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the configurations of all backbones share."""
+
+import copy
+from dataclasses import field
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from ..generation import GENERATION_ORDERS, look_up
+from ..heads import TOKEN_HEADS
+
+
+# The head's sizes in the released models of arXiv:2406.11838 (table 4).
+HEADS = {
+    "base": {"num_layers": 6, "hidden_size": 1024},
+    "large": {"num_layers": 8, "hidden_size": 1280},
+    "huge": {"num_layers": 12, "hidden_size": 1536},
+}
+
+
+@strict
+class BackboneConfig(PreTrainedConfig):
+    r"""Settings that every backbone has, with those of the head on it.
+
+    Args:
+        grid_height (`int`, *optional*, defaults to 16): rows of the token grid.
+        grid_width (`int`, *optional*, defaults to 16): columns of the token grid.
+        token_dim (`int`, *optional*, defaults to 16): numbers in a token.
+        num_classes (`int`, *optional*, defaults to 1000): classes; the embedding has one row more, the null class.
+        num_class_tokens (`int`, *optional*, defaults to 64): copies of the class embedding before the sequence.
+        hidden_size (`int`, *optional*, defaults to 768): width.
+        num_attention_heads (`int`, *optional*, defaults to 12): attention heads.
+        mlp_ratio (`float`, *optional*, defaults to 4.0): width of the blocks' MLP over their own.
+        attention_dropout (`float`, *optional*, defaults to 0.1): dropout of attention probabilities.
+        hidden_dropout (`float`, *optional*, defaults to 0.1): dropout after the attention's projection and in the MLP.
+        class_dropout_prob (`float`, *optional*, defaults to 0.1): share of labels replaced by the null class in
+            training.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-06): of every layer norm.
+        initializer_range (`float`, *optional*, defaults to 0.02): deviation of embeddings at initialisation.
+        order (`str`, *optional*, defaults to `"random"`): the order of tokens that is trained, a name in
+            `GENERATION_ORDERS`; pipelines generate in it where nothing else is asked for.
+        context_noise (`float`, *optional*, defaults to 0.0): training mixes up to this share of noise into the tokens
+            that the backbone sees (arXiv:2411.18447), so that it bears the errors of its own samples.
+        head_type (`str`, *optional*, defaults to `"diffusion"`): a name in `TOKEN_HEADS`.
+        head_config (`dict`, *optional*, defaults to `{"num_layers": 6, "hidden_size": 1024}`): the head's
+            own settings.
+        head_batch_multiplier (`int`, *optional*, defaults to 4): draws of the head's noise per token in training.
+
+    Raises:
+        ValueError: if a value is out of range, sizes contradict each other or a name is unknown.
+    """
+
+    # Sizes, of the subclass too.
+    positive: ClassVar[tuple[str, ...]] = (
+        "grid_height",
+        "grid_width",
+        "token_dim",
+        "num_classes",
+        "num_class_tokens",
+        "hidden_size",
+        "num_attention_heads",
+        "head_batch_multiplier",
+    )
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    grid_height: int = 16
+    grid_width: int = 16
+    token_dim: int = 16
+    num_classes: int = 1000
+    num_class_tokens: int = 64
+    hidden_size: int = 768
+    num_attention_heads: int = 12
+    mlp_ratio: float | int = 4.0
+    attention_dropout: float | int = 0.1
+    hidden_dropout: float | int = 0.1
+    class_dropout_prob: float | int = 0.1
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    order: str = "random"
+    context_noise: float | int = 0.0
+    head_type: str = "diffusion"
+    head_config: dict = field(default_factory=lambda: dict(HEADS["base"]))
+    head_batch_multiplier: int = 4
+
+    def __post_init__(self, **kwargs):
+        for name in self.positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
+        for name in ("attention_dropout", "hidden_dropout", "class_dropout_prob", "context_noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` has to lie in [0, 1], got {getattr(self, name)}.")
+        self.check_heads("hidden_size", "num_attention_heads")
+        look_up(GENERATION_ORDERS, self.order, "order")
+        look_up(TOKEN_HEADS, self.head_type, "head_type")
+        super().__post_init__(**kwargs)
+
+    def check_heads(self, width: str, heads: str) -> None:
+        """Refuse a width that attention heads can't share.
+
+        Args:
+            width (`str`): name of a width.
+            heads (`str`): name of its number of attention heads.
+
+        Raises:
+            ValueError: if the width is no multiple of them.
+        """
+        if getattr(self, width) % getattr(self, heads):
+            raise ValueError(
+                f"`{width}` {getattr(self, width)} has to be a multiple of `{heads}` {getattr(self, heads)}."
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions in the token grid."""
+        return self.grid_height * self.grid_width
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "BackboneConfig":
+        """The configuration of a released size.
+
+        Args:
+            name (`str`): `"base"`, `"large"` or `"huge"`.
+            overrides (`Any`): fields to set otherwise.
+
+        Returns:
+            [`BackboneConfig`]: of this class, for 256 x 256 pixels with the KL-16 tokenizer.
+
+        Raises:
+            ValueError: if there is no such size.
+        """
+        return cls(**{**copy.deepcopy(look_up(cls.presets, name, "name")), **overrides})
