@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mar_hf import ImageTokenizerConfig, MARPipeline
+from mar_hf import ARConfig, ImageTokenizerConfig, MARPipeline
 from mar_hf.cli import CELL, choose_classes, draw_grid, image_generator, main
 from mar_hf.conversion import convert_checkpoint
 
@@ -165,7 +165,7 @@ def test_info_of_a_pipeline(named, capsys):
     assert rows["scheduler"] == "TokenDDPMScheduler"
     assert rows["tokens"] == "AutoencoderKL; stride 16, patch 1, token width 8"
     assert rows["picture"] == "64 x 64 pixels = 4 x 4 tokens of width 8"
-    assert rows["backbone"] == "width 32, 2 + 2 layers, 4 heads, 10 classes"
+    assert rows["backbone"] == "masked, random order, width 32, 2 + 2 layers, 4 heads, 10 classes"
     assert rows["head"] == "diffusion, hidden_size 24, num_layers 2"
     assert "max_timestep 999" in rows["timesteps"]
     assert rows["classes"] == "10: " + ", ".join(NAMES)
@@ -179,6 +179,13 @@ def test_info_of_defaults_and_single_components(model, capsys):
     assert "4 x 4 tokens of width 8" in capsys.readouterr().out
     assert main(["info", f"{model}/vae"]) == 0
     assert "AutoencoderKL; stride 16" in capsys.readouterr().out
+
+
+def test_info_of_a_causal_model(tmp_path, capsys):
+    config = ARConfig(hidden_size=32, num_layers=3, num_attention_heads=4, num_classes=10, order="spiral")
+    config.save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    assert "causal, spiral order, width 32, 3 layers, 4 heads, 10 classes" in capsys.readouterr().out
 
 
 def test_info_by_hub_id(model, hub, capsys):

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from mar_hf import ImageTokenizer, ImageTokenizerConfig, MARConfig, MARForImageGeneration, MARPipeline
+from mar_hf import ARConfig, ImageTokenizer, ImageTokenizerConfig, MARConfig, MARForImageGeneration, MARPipeline
 from mar_hf.conversion import (
     convert_checkpoint,
     export_checkpoint,
@@ -410,6 +410,9 @@ def test_export_of_what_the_original_does_not_know(tmp_path):
     wide.save_pretrained(tmp_path / "wide")
     with pytest.raises(ValueError, match="grid of 2 x 4: the original code knows the diffusion head and square grids"):
         export_checkpoint(tmp_path / "wide", tmp_path / "out.pth")
+    ARConfig().save_pretrained(tmp_path / "causal")
+    with pytest.raises(ValueError, match="model_type is 'mar_hf_ar', those that can be exported are"):
+        export_checkpoint(tmp_path / "causal", tmp_path / "out.pth")
     with pytest.raises(ValueError, match="neither model_index.json nor config.json"):
         export_checkpoint(tmp_path, tmp_path / "out.pth")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')

@@ -27,7 +27,7 @@ from .conversion import (
     read_json,
     weight_files,
 )
-from .models import MARConfig
+from .models import BACKBONES, ARConfig
 from .pipelines import MARPipeline
 from .tokenizers import ImageTokenizer, ImageTokenizerConfig
 
@@ -250,7 +250,8 @@ def describe(folder: Path) -> list[tuple[str, str]]:
         name = config.get("_class_name") or " ".join(config.get("architectures") or ["?"])
         rows.append((key or "component", f"{name:<24}{_size(part) if configs[key] else ''}"))
     by_type = {config.get("model_type"): parts[key] for key, config in configs.items()}
-    rows += _geometry(by_type.get(MARConfig.model_type), by_type.get(ImageTokenizerConfig.model_type))
+    transformer = next((part for name, part in by_type.items() if name in BACKBONES), None)
+    rows += _geometry(transformer, by_type.get(ImageTokenizerConfig.model_type))
     if scheduler := _json(folder / "scheduler" / "scheduler_config.json"):
         rows.append(("timesteps", _settings(scheduler)))
     if defaults := index.get("generation_defaults"):
@@ -272,17 +273,16 @@ def _geometry(transformer: Path | None, tokenizer: Path | None) -> list[tuple[st
         width = config.latent_channels * config.patch_size**2
         rows.append(("tokens", f"{kind}; stride {stride}, patch {config.patch_size}, token width {width}"))
     if transformer:
-        config = read_config(transformer, MARConfig)
+        config = read_config(transformer, BACKBONES[_json(transformer / "config.json")["model_type"]][0])
         grid = f"{config.grid_height} x {config.grid_width} tokens of width {config.token_dim}"
         pixels = f"{config.grid_width * stride} x {config.grid_height * stride} pixels = " if stride else ""
         rows.append(("picture", pixels + grid))
-        rows.append(
-            (
-                "backbone",
-                f"width {config.hidden_size}, {config.num_encoder_layers} + {config.num_decoder_layers} layers, "
-                f"{config.num_attention_heads} heads, {config.num_classes} classes",
-            )
-        )
+        if isinstance(config, ARConfig):
+            kind = f"causal, {config.order} order, width {config.hidden_size}, {config.num_layers} layers"
+        else:
+            layers = f"{config.num_encoder_layers} + {config.num_decoder_layers} layers"
+            kind = f"masked, {config.order} order, width {config.hidden_size}, {layers}"
+        rows.append(("backbone", f"{kind}, {config.num_attention_heads} heads, {config.num_classes} classes"))
         rows.append(("head", f"{config.head_type}, {_settings(config.head_config)}"))
     return rows
 

@@ -22,6 +22,7 @@ from diffusers import AutoencoderKL
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
 
 from .conversion_configs import (
     ORIGINAL_SCALING_FACTOR,
@@ -59,7 +60,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_Config = TypeVar("_Config", MARConfig, ImageTokenizerConfig)
+_Config = TypeVar("_Config", bound=PreTrainedConfig)
 
 # What an exported pipeline consists of; the first is the file that the original code resumes from.
 MAR_FILE, KL_FILE, ARGUMENTS_FILE = "checkpoint-last.pth", "kl.ckpt", "original_args.json"
@@ -267,6 +268,7 @@ def _load_component(folder: Path, config: MARConfig | ImageTokenizerConfig, mode
 
 def _export_transformer(folder: Path) -> tuple[StateDict, MARConfig]:
     config = read_config(folder, MARConfig)
+    _model_type(folder)  # another backbone's settings can be read as these
     with _naming(folder):
         if config.head_type != "diffusion" or config.grid_height != config.grid_width:
             raise ValueError(

@@ -35,7 +35,7 @@ def build_model_card(
     parts = [f"---\n{data.to_yaml()}\n---\n\n# {name}\n"]
     parts.append(
         description.strip()
-        or "Images from a masked autoregressive model over continuous tokens (MAR, arXiv:2406.11838), run by `mar_hf`."
+        or "Images from an autoregressive model over continuous tokens (arXiv:2406.11838), run by `mar_hf`."
     )
     parts.append(
         "\n## Use\n\n```python\nfrom mar_hf import MARPipeline\n\n"
