@@ -100,18 +100,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The result for the eye: a Markdown table under one line of settings."""
     hardware = result["machine"].get("gpu") or f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
-    rows = [
-        f"AR {result['model']}, {result['layers']} layers, {result['batch_size']} rows, {result['dtype']}, {hardware}; "
+    row = "| {position} | {dynamic:.1f} | {static:.1f} | {none:.1f} |"
+    lines = [
+        f"AR {result['model']}, {result['layers']} layers, {result['batch_size']} rows, {result['dtype']}, {hardware};",
         f"milliseconds for the next token, median of {result['repeats']}",
         "",
         "| tokens before it | dynamic cache | static cache | no cache |",
         "|---|---|---|---|",
-        *(
-            "| {position} | {dynamic:.1f} | {static:.1f} | {none:.1f} |".format(**row)
-            for row in result["milliseconds"]
-        ),
+        *(row.format(**values) for values in result["milliseconds"]),
     ]
-    return "\n".join(rows)
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
