@@ -102,7 +102,7 @@ def table(result: dict[str, Any]) -> str:
     hardware = result["machine"].get("gpu") or f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
     row = "| {position} | {dynamic:.1f} | {static:.1f} | {none:.1f} |"
     lines = [
-        f"AR {result['model']}, {result['layers']} layers, {result['batch_size']} rows, {result['dtype']}, {hardware};",
+        f"AR {result['model']}, {result['layers']} layers, {result['batch_size']} rows, {result['dtype']}, {hardware}",
         f"milliseconds for the next token, median of {result['repeats']}",
         "",
         "| tokens before it | dynamic cache | static cache | no cache |",
