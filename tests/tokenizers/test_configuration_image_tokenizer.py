@@ -9,17 +9,20 @@ from mar_hf import ImageTokenizerConfig
 
 
 TINY = {"_class_name": "AutoencoderTiny", "latent_channels": 4}
+VQ = {"_class_name": "VQModel", "latent_channels": 4}
 
 
 def test_defaults_are_pixels():
     config = ImageTokenizerConfig()
     assert (config.autoencoder, config.latent_channels, config.patch_size) == (None, 3, 1)
     assert (config.normalizer, config.shift_factor, config.scaling_factor) == ("affine", 0.0, 1.0)
+    assert config.quantize is False
 
 
 def test_every_field_comes_back(tmp_path):
     changed = {
-        "autoencoder": TINY,
+        "autoencoder": VQ,
+        "quantize": True,
         "patch_size": 2,
         "normalizer": "token_layer_norm",
         "shift_factor": [0.1, 0.2, 0.3, 4],
@@ -34,6 +37,12 @@ def test_every_field_comes_back(tmp_path):
         assert loaded.latent_channels == 4
 
 
+@pytest.mark.parametrize("width, channels", [(None, 4), (7, 7)])
+def test_vectors_of_a_codebook_have_a_width_of_their_own(width, channels):
+    config = ImageTokenizerConfig(autoencoder={**VQ, "vq_embed_dim": width}, shift_factor=[0.0] * channels)
+    assert config.latent_channels == channels
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -46,6 +55,8 @@ def test_every_field_comes_back(tmp_path):
         ({"autoencoder": TINY, "shift_factor": [0.0] * 3}, r"`shift_factor` needs one value per latent channel \(4\)"),
         ({"scaling_factor": 0}, "`scaling_factor` has to be different from 0, got 0"),
         ({"scaling_factor": [1.0, 0.0, 1.0]}, r"`scaling_factor` has to be different from 0, got \[1.0, 0.0, 1.0\]"),
+        ({"autoencoder": TINY, "quantize": True}, "`quantize` has to be False without a `VQModel`, got .*Tiny"),
+        ({"quantize": True}, "`quantize` has to be False without a `VQModel`, got `autoencoder` None"),
         ({"autoencoder": {}}, r"`autoencoder` has to hold `_class_name` and `latent_channels`, got \{\}"),
         ({"autoencoder": {"latent_channels": 4}}, "`autoencoder` has to hold `_class_name`"),
     ],

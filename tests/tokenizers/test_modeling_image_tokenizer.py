@@ -65,6 +65,9 @@ BUILDERS = {
         latent_channels=7,
     ),
     "VQModel": lambda: VQModel(**TWO_LEVELS, latent_channels=3, num_vq_embeddings=16),
+    "VQModel, vectors of a width of their own": lambda: VQModel(
+        **TWO_LEVELS, latent_channels=3, vq_embed_dim=5, num_vq_embeddings=16
+    ),
 }
 SAMPLED = ("AutoencoderKL", "AsymmetricAutoencoderKL")
 
@@ -81,6 +84,10 @@ def pictures(batch=2, height=16, width=16):
 
 def pixels(**settings):
     return ImageTokenizer(ImageTokenizerConfig(**settings))
+
+
+def channels_of(autoencoder):
+    return autoencoder.config.get("vq_embed_dim") or autoencoder.config.latent_channels
 
 
 def bare_latents(autoencoder, images):
@@ -155,7 +162,7 @@ def test_every_kind_is_tried():
 def test_autoencoders_are_wrapped_not_changed(name, patch_size):
     autoencoder, images = build(name), pictures(2, 16, 24)
     tokenizer = ImageTokenizer.from_autoencoder(autoencoder, patch_size=patch_size)
-    channels = autoencoder.config.latent_channels
+    channels = channels_of(autoencoder)
     assert (tokenizer.latent_channels, tokenizer.token_dim) == (channels, channels * patch_size**2)
     assert tokenizer.stride == 2 * patch_size
 
@@ -214,6 +221,100 @@ def test_new_autoencoders_start_as_diffusers_starts_them():
     for convolution in convolutions:
         bound = 1 / math.sqrt(convolution.weight[0].numel())
         assert 0.8 * bound < convolution.weight.abs().max() <= bound
+
+
+# Codebooks
+
+QUANTISED = [name for name in BUILDERS if name.startswith("VQModel")]
+STATISTICS = {"scaling_factor": 40.0, "shift_factor": -0.01}
+
+
+def quantised(name="VQModel", **settings):
+    """With a codebook of which the pictures use much."""
+    autoencoder = build(name)
+    latents = bare_latents(autoencoder, pictures()).transpose(0, 1).flatten(1)
+    with torch.no_grad():
+        autoencoder.quantize.embedding.weight.copy_(latents.T[torch.randperm(128, generator=seeded())[:16]])
+    return ImageTokenizer.from_autoencoder(autoencoder, quantize=True, **{**STATISTICS, **settings})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("statistics", [{"scaling_factor": 1.0, "shift_factor": 0.0}, STATISTICS])
+def test_tokens_are_vectors_of_the_codebook(name, statistics):
+    tokenizer, images = quantised(name, **statistics), pictures(2, 16, 24)
+    codebook, encoded = tokenizer.codebook, tokenizer.encode(images)
+    assert codebook.shape == (16, tokenizer.token_dim) and codebook.dtype == torch.float32
+    assert encoded.latents.shape == (2, tokenizer.latent_channels, 8, 12)
+    distances, codes = torch.cdist(encoded.tokens, codebook, compute_mode="donot_use_mm_for_euclid_dist").min(-1)
+    assert distances.max() < 1e-6 and len(codes.unique()) > 8
+    # The nearest ones, and what the autoencoder itself makes of them.
+    plain = ImageTokenizer.from_autoencoder(tokenizer.autoencoder, **statistics).encode(images).tokens
+    assert torch.equal(torch.cdist(plain, codebook).argmin(-1), codes)
+    assert relative_error(tokenizer.decode(encoded.latents), tokenizer.autoencoder(images).sample) < 1e-5
+    square = pictures()
+    expected = tokenizer.autoencoder(square).sample
+    assert relative_error(tokenizer.decode(tokenizer.encode(square).tokens), expected) < 1e-5
+    # Vectors before quantisation are quantised on their way back.
+    assert relative_error(tokenizer.decode(tokenizer.unpatchify(plain, 8)), tokenizer.decode(encoded.latents)) < 1e-5
+
+
+@torch.no_grad()
+def test_statistics_of_single_channels_scale_the_codebook():
+    plain, scale, shift = quantised(scaling_factor=1.0, shift_factor=0.0), [2.0, 3.0, 4.0], [0.1, 0.2, 0.3]
+    assert torch.equal(plain.codebook, plain.autoencoder.quantize.embedding.weight)
+    expected = (plain.codebook - torch.tensor(shift)) * torch.tensor(scale)
+    assert relative_error(quantised(scaling_factor=scale, shift_factor=shift).codebook, expected) < 1e-6
+
+
+@torch.no_grad()
+def test_moments_hold_vectors_of_the_codebook(tmp_path):
+    tokenizer, images, generator = quantised(), pictures(), seeded()
+    mean, std = tokenizer.encode_moments(images)
+    assert not tokenizer.is_variational and std.count_nonzero() == 0
+    rows = tokenizer.autoencoder.quantize.embedding.weight
+    assert (mean.permute(0, 2, 3, 1).reshape(-1, 1, 3) == rows).all(-1).any(-1).all()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = ImageTokenizer.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        bare = ImageTokenizer(loaded.config)
+    tokens = bare.sample_moments(mean, std, generator).tokens
+    assert torch.equal(tokens, loaded.encode(images).tokens) and torch.equal(loaded.codebook, tokenizer.codebook)
+    assert torch.equal(generator.get_state(), seeded().get_state())
+
+
+@torch.no_grad()
+def test_codebooks_in_half_precision():
+    tokenizer, images = quantised(), pictures()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = tokenizer.encode(images).tokens
+    tokenizer.to(torch.bfloat16)
+    for tokens, codebook in ((mixed, quantised().codebook), (tokenizer.encode(images).tokens, tokenizer.codebook)):
+        assert tokens.dtype == codebook.dtype == torch.float32
+        assert (tokens[:, :, None] - codebook).abs().amax(-1).amin(-1).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "settings, found",
+    [
+        ({"quantize": False}, "got False, 1 and 'affine'"),
+        ({"patch_size": 2}, "got True, 2 and 'affine'"),
+        ({"normalizer": "token_layer_norm"}, "got True, 1 and 'token_layer_norm'"),
+    ],
+)
+def test_tokens_that_have_no_codebook(settings, found):
+    tokenizer = ImageTokenizer.from_autoencoder(build("VQModel"), **{"quantize": True, **settings})
+    with pytest.raises(ValueError, match=f"The tokenizer has no codebook of tokens: .* {found}"):
+        tokenizer.codebook  # noqa: B018
+    # Quantised all the same.
+    assert tokenizer.encode(pictures()).latents.shape == (2, 3, 8, 8)
+
+
+def test_only_a_vqmodel_is_quantised():
+    with pytest.raises(ValueError, match="`quantize` has to be False without a `VQModel`"):
+        ImageTokenizer.from_autoencoder(build("AutoencoderTiny"), quantize=True)
+    with pytest.raises(ValueError, match="has no codebook"):
+        pixels().codebook  # noqa: B018
 
 
 # Normalisation of tokens
@@ -316,7 +417,7 @@ def test_moments_of_pixels():
 @pytest.mark.parametrize("normalizer", ["affine", "token_layer_norm"])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_moments_are_sampled_without_weights(name, normalizer):
-    channels = build(name).config.latent_channels
+    channels = channels_of(build(name))
     tokenizer = ImageTokenizer.from_autoencoder(
         build(name), patch_size=2, scaling_factor=[0.5 + n for n in range(channels)], normalizer=normalizer
     )

@@ -23,10 +23,12 @@ class ImageTokenizerConfig(PreTrainedConfig):
             latents, for all channels or per channel.
         scaling_factor (`float` or `list[float]`, *optional*, defaults to 1.0): multiplies the shifted latents, for all
             channels or per channel, so that they have about unit standard deviation.
+        quantize (`bool`, *optional*, defaults to `False`): for a `VQModel` only: latents are vectors of its codebook.
+            False leaves them as the encoder makes them, and decoding quantises them.
 
     Raises:
         ValueError: if `patch_size` is below 1, `normalizer` is unknown, `autoencoder` lacks its class or channels, a
-            scale is 0, or a per-channel list is of the wrong length.
+            scale is 0, a per-channel list is of the wrong length, or `quantize` meets another autoencoder.
     """
 
     model_type = "mar_hf_image_tokenizer"
@@ -36,11 +38,14 @@ class ImageTokenizerConfig(PreTrainedConfig):
     normalizer: str = "affine"
     shift_factor: float | int | list[float | int] = 0.0
     scaling_factor: float | int | list[float | int] = 1.0
+    quantize: bool = False
 
     @property
     def latent_channels(self) -> int:
         """Channels of the latent grid: the autoencoder's, or 3 for pixels."""
-        return 3 if self.autoencoder is None else self.autoencoder["latent_channels"]
+        if self.autoencoder is None:
+            return 3
+        return self.autoencoder.get("vq_embed_dim") or self.autoencoder["latent_channels"]
 
     def __post_init__(self, **kwargs):
         if self.patch_size < 1:
@@ -49,6 +54,8 @@ class ImageTokenizerConfig(PreTrainedConfig):
             raise ValueError(f"`normalizer` has to be one of {NORMALIZERS}, got {self.normalizer!r}.")
         if self.autoencoder is not None and not {"_class_name", "latent_channels"} <= self.autoencoder.keys():
             raise ValueError(f"`autoencoder` has to hold `_class_name` and `latent_channels`, got {self.autoencoder}.")
+        if self.quantize and (self.autoencoder or {}).get("_class_name") != "VQModel":
+            raise ValueError(f"`quantize` has to be False without a `VQModel`, got `autoencoder` {self.autoencoder}.")
         if 0 in (self.scaling_factor if isinstance(self.scaling_factor, list) else [self.scaling_factor]):
             raise ValueError(f"`scaling_factor` has to be different from 0, got {self.scaling_factor}.")
         for name in ("shift_factor", "scaling_factor"):

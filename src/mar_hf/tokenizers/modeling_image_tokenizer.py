@@ -93,6 +93,7 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         scaling_factor: float | list[float] | None = None,
         shift_factor: float | list[float] | None = None,
         normalizer: str = "affine",
+        quantize: bool = False,
     ) -> "ImageTokenizer":
         """Wrap a loaded diffusers autoencoder; its weights are shared, not copied.
 
@@ -102,12 +103,13 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
             scaling_factor (`float` or `list[float]`, *optional*): None takes the autoencoder's own, or 1.0.
             shift_factor (`float` or `list[float]`, *optional*): None takes the autoencoder's own, or 0.0.
             normalizer (`str`, *optional*, defaults to `"affine"`): see [`ImageTokenizerConfig`].
+            quantize (`bool`, *optional*, defaults to `False`): see [`ImageTokenizerConfig`].
 
         Returns:
             [`ImageTokenizer`]: in the autoencoder's dtype and training mode.
 
         Raises:
-            ValueError: if the autoencoder is none of `AUTOENCODERS`.
+            ValueError: if the autoencoder is none of `AUTOENCODERS`, or `quantize` does not fit it.
         """
         _check_class(type(autoencoder).__name__)
         settings = {"_class_name": type(autoencoder).__name__, **autoencoder.config}
@@ -121,6 +123,7 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
             normalizer=normalizer,
             shift_factor=shift_factor,
             scaling_factor=scaling_factor,
+            quantize=quantize,
         )
         with torch.device("meta"):
             tokenizer = cls(config)
@@ -162,6 +165,22 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         """Whether pictures have a posterior to sample, not one value."""
         return self.config.autoencoder is not None and self.config.autoencoder["_class_name"] in VARIATIONAL
 
+    @property
+    def codebook(self) -> torch.Tensor:
+        """All tokens that there are, `(num_codes, token_dim)` in float32, where `quantize` is set.
+
+        Raises:
+            ValueError: if tokens are no vectors of a codebook: without `quantize`, with a patch size, or normalised.
+        """
+        config = self.config
+        if not config.quantize or config.patch_size != 1 or config.normalizer != "affine":
+            raise ValueError(
+                "The tokenizer has no codebook of tokens: that takes `quantize` True, `patch_size` 1 and `normalizer` "
+                f"'affine', got {config.quantize}, {config.patch_size} and {config.normalizer!r}."
+            )
+        vectors = self.autoencoder.quantize.embedding.weight.detach()
+        return self.sample_moments(vectors[:, :, None, None], None).tokens[:, 0]
+
     def encode(
         self,
         pixel_values: torch.Tensor,
@@ -198,7 +217,8 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
 
         Returns:
             `tuple` of two `torch.Tensor` of shape `(batch, channels, latent_height, latent_width)`: mean and deviation
-            in the autoencoder's dtype, neither shifted nor scaled. The deviation is 0 unless `is_variational`.
+            in the autoencoder's dtype, neither shifted nor scaled. The deviation is 0 unless `is_variational`. With
+            `quantize` the mean holds vectors of the codebook.
 
         Raises:
             ValueError: if the shape is not as described.
@@ -214,6 +234,11 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         if self.is_variational:
             return encoded.latent_dist.mean, encoded.latent_dist.std
         mean = encoded.latent if hasattr(encoded, "latent") else encoded.latents
+        if self.config.quantize:
+            # By number: what the quantiser itself returns, for its gradient, is that vector up to rounding.
+            quantizer, (batch, channels, height, width) = self.autoencoder.quantize, mean.shape
+            codes = quantizer(mean)[2][2].flatten()
+            mean = quantizer.get_codebook_entry(codes, (batch, height, width, channels))
         return mean, torch.zeros_like(mean)
 
     def sample_moments(
