@@ -2,9 +2,10 @@
 """Token heads. A new one is a file `head_<name>.py` and a line here."""
 
 from .head_base import TokenHead
+from .head_categorical import CategoricalHead
 from .head_diffusion import DiffusionHead
 
 
-TOKEN_HEADS: dict[str, type[TokenHead]] = {"diffusion": DiffusionHead}
+TOKEN_HEADS: dict[str, type[TokenHead]] = {"categorical": CategoricalHead, "diffusion": DiffusionHead}
 
-__all__ = ["TOKEN_HEADS", "DiffusionHead", "TokenHead"]
+__all__ = ["TOKEN_HEADS", "CategoricalHead", "DiffusionHead", "TokenHead"]

@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from ..schedulers import TokenDDPMScheduler
 from ..utils import check_generator, draw
-from .head_base import TokenHead
+from .head_base import TokenHead, check_sampling_inputs, masked_rows
 
 
 TIMESTEP_CHANNELS = 256
@@ -117,17 +117,20 @@ class DiffusionHead(TokenHead):
         """
         return self._denoise(noisy_tokens, self._embed_time(timesteps) + self._embed_condition(condition))
 
-    def check_scheduler(self, scheduler: SchedulerMixin, temperature: float = 1.0) -> None:
+    def check_scheduler(self, scheduler: SchedulerMixin, temperature: float = 1.0, **head_kwargs: object) -> None:
         """Refuse a scheduler that can't run this head.
 
         Args:
             scheduler (`SchedulerMixin`): the candidate.
             temperature (`float`, *optional*, defaults to 1.0): only [`TokenDDPMScheduler`] has others.
+            head_kwargs (`object`): this head knows none.
 
         Raises:
             ValueError: if it does not predict epsilon, takes no generator, has another kind of noise schedule, needs
-                the variance in a layout of its own, or can't apply the temperature.
+                the variance in a layout of its own, or can't apply the temperature; if `head_kwargs` holds anything.
         """
+        if head_kwargs:
+            raise ValueError(f"The diffusion head has no settings {sorted(head_kwargs)}.")
         if isinstance(scheduler, TokenDDPMScheduler):
             return
         name, config = type(scheduler).__name__, scheduler.config
@@ -191,14 +194,7 @@ class DiffusionHead(TokenHead):
             if value is not None and value.shape != shape:
                 raise ValueError(f"`{name}` has to be of shape {shape}, got {tuple(value.shape)}.")
         check_generator(generator, len(mask))
-        if num_masked is None:
-            chosen = mask.flatten().nonzero()[:, 0]
-        else:
-            # The same positions: a stable sort puts True first. How many `nonzero` finds, only the device knows.
-            ranks = mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)
-            chosen = ranks[: num_masked * len(mask)]
-        if not len(chosen):
-            raise ValueError("`mask` has to mask at least one token: the loss is the mean over masked ones.")
+        chosen = masked_rows(mask, num_masked)
         # Row r of the repeated batch is row r modulo the batch.
         repeated = (chosen + mask.numel() * torch.arange(self.batch_multiplier, device=mask.device)[:, None]).flatten()
         condition = condition.flatten(0, 1)[chosen].repeat(self.batch_multiplier, 1)
@@ -234,6 +230,7 @@ class DiffusionHead(TokenHead):
         temperature: float = 1.0,
         noise: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        **head_kwargs: object,
     ) -> torch.Tensor:
         """Sample tokens by reverse diffusion.
 
@@ -251,35 +248,21 @@ class DiffusionHead(TokenHead):
             noise (`torch.Tensor` of shape `(batch, num_tokens, steps + 1, token_dim)`, *optional*): entry 0 is the
                 start, entry 1 + s is injected at step s (by TokenDDPMScheduler only); at least `num_steps + 1`.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the noise, where none is given.
+            head_kwargs (`object`): this head knows none.
 
         Returns:
             `torch.Tensor` of shape `(batch, num_tokens, token_dim)`: float32.
 
         Raises:
             ValueError: if `guidance_scale` is not 1.0 without `negative_condition`, or the scheduler, the negative
-                condition, the noise or the number of generators does not fit.
+                condition, the noise or the number of generators does not fit; if `head_kwargs` holds anything.
         """
-        self.check_scheduler(scheduler, temperature)
+        self.check_scheduler(scheduler, temperature, **head_kwargs)
+        check_sampling_inputs(
+            condition, negative_condition, guidance_scale, noise, num_steps + 1, self.token_dim, generator
+        )
         guided = guidance_scale != 1.0
-        if guided and negative_condition is None:
-            raise ValueError(f"`guidance_scale` {guidance_scale} needs `negative_condition`.")
-        if guided and negative_condition.shape != condition.shape:
-            raise ValueError(
-                f"`negative_condition` has to be of shape {tuple(condition.shape)} as `condition`, got "
-                f"{tuple(negative_condition.shape)}."
-            )
         batch, num_tokens, _ = condition.shape
-        check_generator(generator, batch)
-        if noise is not None and (
-            noise.ndim != 4
-            or noise.shape[:2] != (batch, num_tokens)
-            or noise.shape[2] <= num_steps
-            or noise.shape[3] != self.token_dim
-        ):
-            raise ValueError(
-                f"`noise` has to be of shape {(batch, num_tokens, num_steps + 1, self.token_dim)}, got "
-                f"{tuple(noise.shape)}."
-            )
         scheduler.set_timesteps(num_steps)
         device = condition.device
         # What no step changes: the condition's embedding, and each step's time embedding. (2B, K, w) and (S, w)
