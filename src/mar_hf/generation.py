@@ -49,21 +49,21 @@ def spiral_order(
 ) -> torch.Tensor:
     """From the centre outwards, clockwise, ring by ring: "spiral out" of arXiv:2012.09841 and RAR, arXiv:2411.00776.
 
-    Theirs need a square of an even side, where this is the same. Any other grid is the middle of such a spiral through
-    a square: positions outside the grid are passed over, so that the centre is still first and the rim last.
-    Arguments and result are those of [`random_order`]; nothing is drawn.
+    Theirs need a square of an even side, where this is the same. In any other grid the spiral runs on outside of the
+    grid where it has to, so that the centre is still first and the rim last. Arguments and result are those of
+    [`random_order`]; nothing is drawn.
     """
-    side = max(grid_height, grid_width)
-    top, left = (side - grid_height + 1) // 2, (side - grid_width) // 2
-    square = torch.full((side, side), -1)
-    grid = square[top : top + grid_height, left : left + grid_width]
-    grid[:] = torch.arange(grid.numel()).view(grid.shape)
-    sides = []
-    while square.numel():  # unwound from the end: the right side comes off, then the rest turns
-        sides.append(square[:, -1])
-        square = square[:, :-1].rot90(-1)
-    order = torch.cat(sides[::-1])
-    return order[order >= 0]
+    row, column = grid_height // 2, (grid_width - 1) // 2
+    down, right, length, order = -1, 0, 1, []
+    while len(order) < grid_height * grid_width:
+        for _ in range(2):  # two sides of each length
+            for _ in range(length):
+                if 0 <= row < grid_height and 0 <= column < grid_width:
+                    order.append(row * grid_width + column)
+                row, column = row + down, column + right
+            down, right = right, -down
+        length += 1
+    return torch.tensor(order)
 
 
 def zigzag_order(
