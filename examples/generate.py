@@ -53,7 +53,7 @@ class Arguments:
     guidance_schedule: str | None = field(default=None, metadata={"help": "linear or constant"})
     token_schedule: str | None = field(default=None, metadata={"help": "cosine or constant"})
     head_step_schedule: str | None = field(default=None, metadata={"help": "constant or linear"})
-    generation_order: str | None = field(default=None, metadata={"help": "random or raster"})
+    generation_order: str | None = field(default=None, metadata={"help": "random, raster, spiral, ..."})
     dtype: str = field(default="float32", metadata={"help": "of the weights", "choices": list(DTYPES)})
     npz: bool = field(default=False, metadata={"help": "also write samples.npz: arr_0 (uint8, NHWC) and labels arr_1"})
 
