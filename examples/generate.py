@@ -199,7 +199,7 @@ def generate(pipeline: MARPipeline, args: Arguments, accelerator: Accelerator) -
     folders = class_folders(pipeline, args.class_labels)
     sampling = {name: getattr(args, name) for name in SAMPLING}
     sampling = {name: pipeline.generation_defaults[name] if v is None else v for name, v in sampling.items()}
-    pipeline.check_inputs(sampling, list(folders), 1, None, None, "pil", [])
+    pipeline.check_inputs(pipeline.generation_defaults | sampling, list(folders), 1, None, None, "pil", [])
     settings = {
         "pretrained_model_name_or_path": args.pretrained_model_name_or_path,
         "weights": weights_digest(pipeline),
