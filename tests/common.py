@@ -3,7 +3,12 @@
 
 import torch
 
-from mar_hf import MARConfig, MARForImageGeneration
+from mar_hf import ARForImageGeneration, MARForImageGeneration
+from mar_hf.models import BackboneConfig, BackbonePreTrainedModel
+
+
+MODELS = {"mar": MARForImageGeneration, "ar": ARForImageGeneration}
+LAYERS = {"mar": {"num_encoder_layers": 1, "num_decoder_layers": 1}, "ar": {"num_layers": 2}}
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -35,8 +40,8 @@ def randomise(module: torch.nn.Module, seed: int = 0, gain: float = 0.5) -> torc
     return module.eval()
 
 
-def tiny_config(**changes) -> MARConfig:
-    """4 x 4 tokens of 12 numbers, 3 classes, 32 wide."""
+def tiny_config(backbone: str = "mar", **changes) -> BackboneConfig:
+    """4 x 4 tokens of 12 numbers, 3 classes, 32 wide, two layers."""
     settings = {
         "grid_height": 4,
         "grid_width": 4,
@@ -44,14 +49,13 @@ def tiny_config(**changes) -> MARConfig:
         "num_classes": 3,
         "num_class_tokens": 2,
         "hidden_size": 32,
-        "num_encoder_layers": 1,
-        "num_decoder_layers": 1,
         "num_attention_heads": 2,
         "head_config": {"num_layers": 2, "hidden_size": 32},
+        **LAYERS[backbone],
     }
-    return MARConfig(**{**settings, **changes})
+    return MODELS[backbone].config_class(**{**settings, **changes})
 
 
-def tiny_model(**changes) -> MARForImageGeneration:
+def tiny_model(backbone: str = "mar", **changes) -> BackbonePreTrainedModel:
     """The same model every time, in eval mode, none of its weights at zero."""
-    return randomise(MARForImageGeneration(tiny_config(**changes)))
+    return randomise(MODELS[backbone](tiny_config(backbone, **changes)))
