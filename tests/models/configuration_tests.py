@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every backbone's configuration: presets, fields that come back, what is refused."""
+
+import dataclasses
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+
+CHANGED = {
+    "grid_height": 2,
+    "grid_width": 3,
+    "token_dim": 5,
+    "num_classes": 7,
+    "num_class_tokens": 4,
+    "hidden_size": 24,
+    "num_attention_heads": 3,
+    "mlp_ratio": 2,
+    "attention_dropout": 0,
+    "hidden_dropout": 0.2,
+    "class_dropout_prob": 1,
+    "layer_norm_eps": 1e-5,
+    "initializer_range": 0.01,
+    "order": "spiral",
+    "context_noise": 0.3,
+    "head_type": "categorical",
+    "head_config": {"num_layers": 2, "hidden_size": 8},
+    "head_batch_multiplier": 2,
+}
+# Width, attention heads, layers and width of the head.
+PRESETS = {"base": (768, 12, 6, 1024), "large": (1024, 16, 8, 1280), "huge": (1280, 16, 12, 1536)}
+
+
+def names(config_class):
+    return {field.name for field in dataclasses.fields(config_class)}
+
+
+class ConfigurationTests:
+    """Tests of a configuration. A subclass says which one in the attributes, and adds what is true of it alone.
+
+    Attributes:
+        config_class: the configuration.
+        changed: its own fields, each with another value than its default.
+        layers: its numbers of layers in the presets.
+    """
+
+    config_class: type
+    changed: dict
+    layers: dict[str, dict[str, int]]
+
+    def test_defaults_are_the_base_preset(self):
+        assert self.config_class().to_dict() == self.config_class.preset("base").to_dict()
+        assert self.config_class().num_tokens == 256
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_presets(self, name):
+        config = self.config_class.preset(name, num_classes=10)
+        head = config.head_config
+        sizes = (config.hidden_size, config.num_attention_heads, head["num_layers"], head["hidden_size"])
+        assert sizes == PRESETS[name] and config.condition_dim == sizes[0]
+        assert {field: getattr(config, field) for field in self.layers[name]} == self.layers[name]
+        assert (config.num_classes, config.num_class_tokens, config.token_dim) == (10, 64, 16)
+
+    def test_unknown_presets(self):
+        with pytest.raises(ValueError, match=r"`name` has to be one of \['base', 'huge', 'large'\], got 'giant'"):
+            self.config_class.preset("giant")
+
+    def test_configurations_share_nothing(self):
+        make = self.config_class
+        make().head_config["num_layers"] = 99
+        large = make.preset("large")
+        large.hidden_size, large.head_config["num_layers"] = 99, 99
+        assert make().head_config == {"num_layers": 6, "hidden_size": 1024}
+        assert make.preset("large").hidden_size == make.presets["large"]["hidden_size"] == 1024
+        assert make.preset("large").head_config["num_layers"] == 8
+
+    def test_every_field_comes_back(self, tmp_path):
+        make, changed = self.config_class, {**CHANGED, **self.changed}
+        config = make(**changed)
+        config.save_pretrained(tmp_path)
+        for loaded in (make.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+            assert type(loaded) is make
+            assert {name: getattr(loaded, name) for name in changed} == changed
+            assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
+            assert loaded.num_tokens == 6
+        # Nothing above is a default by accident, and no field is left out.
+        assert [name for name in changed if getattr(make(), name) == changed[name]] == []
+        assert changed.keys() == names(make) - names(PreTrainedConfig)
+
+    @pytest.mark.parametrize(
+        "field, value",
+        [("hidden_size", "768"), ("hidden_size", 768.0), ("head_config", 6), ("head_type", None), ("order", 1)],
+    )
+    def test_fields_have_types(self, field, value):
+        with pytest.raises(StrictDataclassError, match=f"'{field}' expected"):
+            self.config_class(**{field: value})
+
+    def test_fields_have_names(self):
+        with pytest.raises(ValueError, match="keyword arguments"):
+            self.config_class(16)
+
+    def refuse(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            self.config_class(**settings)
+
+    def test_sizes_are_positive(self):
+        assert {"grid_height", "token_dim", "num_classes", "num_class_tokens"} < set(self.config_class.positive)
+        for name in self.config_class.positive:
+            for value in (0, -8):
+                # 0 of what may be left open means that it is.
+                if value < 0 or getattr(self.config_class, name) is not None:
+                    self.refuse({name: value}, f"`{name}` has to be at least 1, got {value}")
+
+    @pytest.mark.parametrize(
+        "settings, message",
+        [
+            ({"hidden_size": 100}, "`hidden_size` 100 has to be a multiple of `num_attention_heads` 12"),
+            ({"attention_dropout": -0.1}, r"`attention_dropout` has to lie in \[0, 1\], got -0.1"),
+            ({"hidden_dropout": 1.5}, r"`hidden_dropout` has to lie in \[0, 1\], got 1.5"),
+            ({"class_dropout_prob": 2}, r"`class_dropout_prob` has to lie in \[0, 1\], got 2"),
+            ({"context_noise": 1.1}, r"`context_noise` has to lie in \[0, 1\], got 1.1"),
+            ({"order": "diagonal"}, r"`order` has to be one of \['checkerboard', .*'zigzag'\], got 'diagonal'"),
+            ({"head_type": "flow"}, r"`head_type` has to be one of \['categorical', 'diffusion'.*\], got 'flow'"),
+        ],
+    )
+    def test_values_out_of_range(self, settings, message):
+        self.refuse(settings, message)
