@@ -4,45 +4,35 @@
 import torch
 from diffusers import AutoencoderKL
 
-from mar_hf import (
-    ImageTokenizer,
-    ImageTokenizerConfig,
-    MARConfig,
-    MARForImageGeneration,
-    MARPipeline,
-    TokenDDPMScheduler,
-)
+from common import MODELS, tiny_config
+from mar_hf import ImageTokenizer, ImageTokenizerConfig, MARPipeline, TokenDDPMScheduler
+from mar_hf.models import BackbonePreTrainedModel
 
 
 NAMES = {0: "heart", 1: "cat, kitten", 2: "clock"}
-FEW_STEPS = {"num_inference_steps": 3, "num_diffusion_steps": 4}
+FEW_STEPS = {"num_inference_steps": 3, "num_diffusion_steps": 4, "token_schedule": "cosine"}
+# With these the causal model can do what the masked one does: any number of steps, random orders.
+FREEDOM = {"mar": {}, "ar": {"order": "random", "max_tokens_per_step": 16}}
 
 
-def tiny_transformer(token_dim: int = 12, seed: int = 0, **config) -> MARForImageGeneration:
+def tiny_transformer(token_dim: int = 12, seed: int = 0, backbone: str = "mar", **config) -> BackbonePreTrainedModel:
     """A grid of 4 x 4 tokens, 3 classes, 32 wide.
 
     The head's last layers are random instead of zero, the classes far apart: all labels of a fresh model look alike.
     """
-    settings = {
-        "grid_height": 4,
-        "grid_width": 4,
-        "token_dim": token_dim,
-        "num_classes": 3,
-        "num_class_tokens": 2,
-        "hidden_size": 32,
-        "num_encoder_layers": 1,
-        "num_decoder_layers": 1,
-        "num_attention_heads": 2,
-        "head_config": {"num_layers": 2, "hidden_size": 32},
-        **config,
-    }
+    config = tiny_config(backbone, token_dim=token_dim, **{**FREEDOM[backbone], **config})
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        transformer = MARForImageGeneration(MARConfig(**settings)).eval()
+        transformer = MODELS[backbone](config).eval()
+        head = transformer.head
         torch.nn.init.normal_(transformer.model.class_embedding.weight)
-        torch.nn.init.normal_(transformer.head.out_proj.weight[:token_dim], std=0.2)
-        for block in transformer.head.blocks:
-            torch.nn.init.normal_(block.modulation.weight, std=0.2)
+        if config.head_type == "categorical":
+            torch.nn.init.normal_(head.out_proj.weight, std=0.2)
+            torch.nn.init.normal_(head.codebook)
+        else:
+            torch.nn.init.normal_(head.out_proj.weight[:token_dim], std=0.2)
+            for block in head.blocks:
+                torch.nn.init.normal_(block.modulation.weight, std=0.2)
     return transformer
 
 
@@ -67,11 +57,11 @@ def tiny_kl() -> ImageTokenizer:
     return ImageTokenizer.from_autoencoder(autoencoder.eval(), scaling_factor=0.5)
 
 
-def tiny_pipeline(vae: ImageTokenizer | None = None, **settings) -> MARPipeline:
+def tiny_pipeline(vae: ImageTokenizer | None = None, backbone: str = "mar", **settings) -> MARPipeline:
     """A quiet pipeline on a pixel tokenizer, or on another; `settings` go to its constructor."""
     vae = tiny_pixels() if vae is None else vae
     parts = {
-        "transformer": tiny_transformer(vae.token_dim),
+        "transformer": tiny_transformer(vae.token_dim, backbone=backbone),
         "vae": vae,
         "scheduler": TokenDDPMScheduler(max_timestep=400),
         "id2label": NAMES,

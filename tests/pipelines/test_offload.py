@@ -13,9 +13,11 @@ from tiny_pipelines import seeds, tiny_kl, tiny_pipeline
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["pixels", "kl"])
+@pytest.fixture(params=["pixels", "kl", "causal"])
 def pipe(request):
-    return tiny_pipeline(tiny_kl() if request.param == "kl" else None)
+    """On pixels, with an autoencoder, and with the causal backbone."""
+    vae = tiny_kl() if request.param == "kl" else None
+    return tiny_pipeline(vae, backbone="ar" if request.param == "causal" else "mar")
 
 
 def generate(pipe):

@@ -17,8 +17,10 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
 )
 
-from mar_hf import MARPipeline, TokenDDPMScheduler
+from mar_hf import ARForImageGeneration, MARPipeline, TokenDDPMScheduler
 from mar_hf.conversion import convert_checkpoint
+from mar_hf.generation import GENERATION_ORDERS
+from mar_hf.pipelines.pipeline_mar import GENERATION_DEFAULTS
 from tiny_pipelines import FEW_STEPS, seeds, tiny_kl, tiny_pipeline, tiny_transformer
 
 
@@ -26,11 +28,13 @@ DATA = Path(__file__).parents[1] / "parity" / "data" / "mar-tiny"
 TOKENS, TOKEN_DIM, HEAD_STEPS = 16, 12, FEW_STEPS["num_diffusion_steps"]
 # 16 tokens in 3 steps: floor(16 cos(pi/6)) = 13 are left after the first, floor(16 cos(pi/3)) = 8 after the second.
 COSINE = [3, 5, 8]
+CATEGORICAL = {"head_type": "categorical", "head_config": {"num_codes": 8}}
 
 
-@pytest.fixture
-def pipe():
-    return tiny_pipeline()
+@pytest.fixture(params=["mar", "ar"])
+def pipe(request):
+    """A pipeline with either backbone."""
+    return tiny_pipeline(backbone=request.param)
 
 
 @pytest.fixture(params=["pixels", "kl"])
@@ -50,26 +54,43 @@ def rows_of_forwards(pipe):
     return rows
 
 
-def draw(generator, batch=1, steps=HEAD_STEPS, order=True):
-    """Orders and noise as the contract has it: picture after picture, its order, then its noise."""
-    orders, noise = [], []
+def draw(generator, batch=1, steps=HEAD_STEPS, order="random", context=False):
+    """Orders and noise as the contract has it: picture after picture, its order, then its noise.
+
+    Last, where that is asked for, the noise of the context.
+    """
+    orders, noise, contexts = [], [], []
     for _ in range(batch):
-        orders.append(torch.randperm(TOKENS, generator=generator) if order else torch.arange(TOKENS))
+        orders.append(GENERATION_ORDERS[order](4, 4, generator))
         noise.append(torch.randn(TOKENS, steps + 1, TOKEN_DIM, generator=generator))
-    return torch.stack(orders), torch.stack(noise)
+        if context:
+            contexts.append(torch.randn(TOKENS, TOKEN_DIM, generator=generator))
+    drawn = torch.stack(orders), torch.stack(noise)
+    return (*drawn, torch.stack(contexts)) if context else drawn
+
+
+def conditions(pipe, tokens, mask, labels, orders, counts):
+    """Conditions of all positions in one forward, without a cache; tokens that are not there yet are not read."""
+    if isinstance(pipe.transformer, ARForImageGeneration):
+        arguments = {"orders": orders, "tokens_per_step": counts}
+        return pipe.transformer(tokens, class_labels=labels, **arguments).condition
+    return pipe.transformer(tokens, mask, labels).condition
 
 
 @torch.no_grad()
-def by_hand(pipe, labels, orders, noise, counts, scales=None):
-    """The generation loop once more, conditional and unconditional passes apart; guided where there are scales."""
+def by_hand(pipe, labels, orders, noise, counts, scales=None, seen=lambda tokens: tokens, after=None):
+    """The generation loop once more, conditional and unconditional passes apart; guided where there are scales.
+
+    `seen` is what the backbone sees of the tokens; `after` may replace them after a step.
+    """
     tokens, mask = torch.zeros(len(orders), TOKENS, TOKEN_DIM), torch.ones(len(orders), TOKENS, dtype=torch.bool)
     rows, first = torch.arange(len(orders))[:, None], 0
     for step, count in enumerate(counts):
         positions = orders[:, first : first + count]
-        condition = pipe.transformer(tokens, mask, labels).condition[rows, positions]
+        condition = conditions(pipe, seen(tokens), mask, labels, orders, counts)[rows, positions]
         guided = {}
         if scales is not None:
-            negative = pipe.transformer(tokens, mask, None).condition[rows, positions]
+            negative = conditions(pipe, seen(tokens), mask, None, orders, counts)[rows, positions]
             guided = {"negative_condition": negative, "guidance_scale": scales[step]}
         tokens[rows, positions] = pipe.transformer.head.sample(
             condition=condition,
@@ -80,6 +101,8 @@ def by_hand(pipe, labels, orders, noise, counts, scales=None):
         )
         mask[rows, positions] = False
         first += count
+        if after is not None:
+            tokens = after(step, tokens)
     return pipe.vae.unpatchify(tokens)
 
 
@@ -123,13 +146,13 @@ def test_order_and_noise_are_those_drawn_from_the_generator(pipe):
 
 
 def test_a_named_order_draws_nothing(pipe):
-    orders, noise = draw(torch.Generator().manual_seed(3), order=False)
+    orders, noise = draw(torch.Generator().manual_seed(3), order="raster")
     drawn = latents(pipe, generation_order="raster", generator=torch.Generator().manual_seed(3))
     assert torch.equal(drawn, latents(pipe, generation_order=orders, noise=noise))
 
 
 def test_a_given_order_leaves_the_noise_to_the_generator(pipe):
-    orders, noise = draw(torch.Generator().manual_seed(3), order=False)
+    orders, noise = draw(torch.Generator().manual_seed(3), order="raster")
     drawn = latents(pipe, generation_order=orders, generator=torch.Generator().manual_seed(3))
     assert torch.equal(drawn, latents(pipe, generation_order=orders, noise=noise))
 
@@ -165,6 +188,32 @@ def test_without_a_class_it_is_the_loop_by_hand_with_the_null_class(pipe):
     assert (found - latents(pipe, 0, generation_order=orders, noise=noise)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("order", GENERATION_ORDERS)
+@pytest.mark.parametrize("backbone", ["mar", "ar"])
+def test_every_order_is_the_loop_by_hand(backbone, order):
+    """One token a step of the causal model, with its cache for both branches of guidance."""
+    counts = {"mar": COSINE, "ar": [1] * TOKENS}[backbone]
+    transformer = tiny_transformer(backbone=backbone, **{"mar": {}, "ar": {"max_tokens_per_step": 1}}[backbone])
+    pipe = tiny_pipeline(transformer=transformer)
+    steps = {"num_inference_steps": len(counts), "num_diffusion_steps": 2, "guidance_schedule": "constant"}
+    for labels in ([1], [2, 0, 1]):
+        orders, noise = draw(torch.Generator().manual_seed(3), len(labels), steps=2, order=order)
+        expected = by_hand(pipe, torch.tensor(labels), orders, noise, counts, [3.0] * len(counts))
+        drawn = {"generation_order": order, "generator": torch.Generator().manual_seed(3)}
+        found = latents(pipe, labels, **drawn, **steps, guidance_scale=3.0)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_causal_model_computes_one_token_a_step():
+    pipe = tiny_pipeline(transformer=tiny_transformer(backbone="ar", max_tokens_per_step=1), generation_defaults=None)
+    lengths = []
+    first = pipe.transformer.model.layers[0]
+    first.register_forward_pre_hook(lambda module, args: lengths.append(tuple(args[0].shape[:2])))
+    latents(pipe, [0, 1], num_diffusion_steps=1)
+    # First the two tokens of the class; each time both branches of two pictures.
+    assert lengths == [(4, 2)] + [(4, 1)] * 15
+
+
 def test_noise_belongs_to_positions_and_steps(pipe):
     pipe.scheduler = TokenDDPMScheduler()  # a `max_timestep` would merge some of so few head steps
     orders, noise = draw(torch.Generator().manual_seed(0))
@@ -177,6 +226,31 @@ def test_noise_belongs_to_positions_and_steps(pipe):
         differs = [position for position in range(TOKENS) if not torch.equal(found[0, position], other[0, position])]
         # The last head step, at t = 0, injects nothing.
         assert differs == ([] if entry == HEAD_STEPS else [last])
+
+
+def test_context_noise_is_mixed_into_what_the_backbone_sees(pipe):
+    orders, noise, context = draw(torch.Generator().manual_seed(0), batch=2, context=True)
+    scales = [2.0] * 3
+
+    def seen(tokens):
+        return 0.75 * tokens + 0.25 * context
+
+    expected = by_hand(pipe, torch.tensor([2, 0]), orders, noise, COSINE, scales, seen=seen)
+    settings = {"guidance_scale": 2.0, "guidance_schedule": "constant"}
+    found = latents(pipe, [2, 0], generator=torch.Generator().manual_seed(0), context_noise=0.25, **settings)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_context_noise_is_exactly_off_and_draws_nothing(pipe):
+    generators = [torch.Generator().manual_seed(0) for _ in range(3)]
+    draw(generators[0])
+    found = latents(pipe, generator=generators[1], context_noise=0.0)
+    assert torch.equal(found, latents(pipe, generator=generators[2]))
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+    # Where there is some it is drawn last: what comes before any token is seen is the same.
+    noisy = latents(pipe, generator=seeds(0), context_noise=0.5)
+    same = (noisy == found).all(1).flatten()  # a pixel each; tokens are 2 x 2 of them
+    assert same.sum() == 4 * COSINE[0]
 
 
 def test_temperature_zero_injects_no_noise(pipe):
@@ -263,6 +337,8 @@ def test_the_signature_is_the_documented_one():
         "num_images_per_prompt": 1,
         "generator": None,
         "noise": None,
+        "context_noise": None,
+        "head_kwargs": None,
         "output_type": "pil",
         "return_dict": True,
         "callback_on_step_end": None,
@@ -357,6 +433,7 @@ OTHER_SETTINGS = {
     "head_step_schedule": "linear",
     "temperature": 0.5,
     "generation_order": "raster",
+    "context_noise": 0.5,
 }
 
 
@@ -389,8 +466,42 @@ def test_without_defaults_of_its_own_a_pipeline_has_the_papers():
         "head_step_schedule": "constant",
         "temperature": 1.0,
         "generation_order": "random",
+        "context_noise": 0.0,
+        "head_kwargs": None,
     }
     assert tiny_pipeline(generation_defaults=None).generation_defaults["num_inference_steps"] == TOKENS
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"order": "zigzag"}, {"generation_order": "zigzag"}),
+        (
+            {"backbone": "ar", "order": "raster", "max_tokens_per_step": 1},
+            {"token_schedule": "constant", "generation_order": "raster"},
+        ),
+        (
+            {"backbone": "ar", "order": "nearest", "max_tokens_per_step": 3},
+            {"num_inference_steps": 6, "token_schedule": "constant", "generation_order": "nearest"},
+        ),
+        (CATEGORICAL, {"num_diffusion_steps": 1}),
+        (
+            {"backbone": "ar", "order": "spiral", "max_tokens_per_step": 1, **CATEGORICAL},
+            {"num_diffusion_steps": 1, "token_schedule": "constant", "generation_order": "spiral"},
+        ),
+    ],
+    ids=["mar", "ar", "ar-several", "mar-categorical", "ar-categorical"],
+)
+def test_defaults_follow_from_the_model(settings, expected):
+    pipe = tiny_pipeline(transformer=tiny_transformer(**settings), generation_defaults=None)
+    expected = {**GENERATION_DEFAULTS, "num_inference_steps": TOKENS, **expected}
+    assert pipe.generation_defaults == expected
+    latents(pipe, generator=seeds(0), num_diffusion_steps=1)
+    assert pipe.num_timesteps == expected["num_inference_steps"]
+    # What is saved goes before.
+    saved = {"num_inference_steps": 16, "generation_order": "subsampled", "num_diffusion_steps": 2}
+    pipe = tiny_pipeline(transformer=pipe.transformer, generation_defaults=saved)
+    assert pipe.generation_defaults == {**expected, **saved}
 
 
 def test_a_saved_temperature_does_not_count_with_schedulers_that_have_none():
@@ -420,7 +531,8 @@ def test_the_callback_is_called_after_every_step(pipe):
     found = latents(pipe, generator=seeds(0), callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names)
     assert seen == [(0, 3, names), (1, 8, names), (2, 16, names)]
     assert pipe.num_timesteps == 3
-    assert torch.equal(found, latents(pipe, generator=seeds(0)))
+    # A causal model computes anew what it had kept: to the last bit that is not the same.
+    torch.testing.assert_close(found, latents(pipe, generator=seeds(0)), rtol=1e-4, atol=1e-4)
 
 
 def test_the_callback_gets_what_it_asks_for(pipe):
@@ -450,6 +562,13 @@ def test_the_callback_replaces_the_latents(pipe):
     assert found[orders[0, :3]].abs().max() == 0
     # What came later was computed from the replaced tokens.
     assert (found - plain)[orders[0, 3:]].abs().max() > 0.01
+    expected = by_hand(
+        *(pipe, torch.tensor([1]), orders, noise, COSINE, [3.0] * 3),
+        after=lambda step, tokens: tokens * (step != 0),
+    )
+    settings |= {"guidance_scale": 3.0, "guidance_schedule": "constant"}
+    found = latents(pipe, 1, callback_on_step_end=blank(0), **settings)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_callback_can_interrupt(pipe, capsys):
@@ -488,15 +607,53 @@ def test_the_callback_can_change_guidance(pipe):
     assert rows == [4, 2, 2] and not pipe.do_classifier_free_guidance
 
 
-def test_changed_guidance_counts_from_the_next_step(pipe):
+@pytest.mark.parametrize("before, after", [(2.0, 5.0), (2.0, 1.0), (1.0, 5.0)], ids=["up", "off", "on"])
+def test_changed_guidance_counts_from_the_next_step(pipe, before, after):
     def callback(pipe, step, done, tensors):
-        pipe._guidance_scale = 5.0
+        pipe._guidance_scale = after
 
     orders, noise = draw(torch.Generator().manual_seed(0))
-    expected = by_hand(pipe, torch.tensor([1]), orders, noise, COSINE, [2.0, 5.0, 5.0])
-    settings = {"guidance_scale": 2.0, "guidance_schedule": "constant", "callback_on_step_end": callback}
+    expected = by_hand(pipe, torch.tensor([1]), orders, noise, COSINE, [before, after, after])
+    settings = {"guidance_scale": before, "guidance_schedule": "constant", "callback_on_step_end": callback}
     found = latents(pipe, 1, generation_order=orders, noise=noise, **settings)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# The categorical head
+
+
+@pytest.fixture(params=["mar", "ar"])
+def discrete(request):
+    """Either backbone with a categorical head over 8 codes."""
+    transformer = tiny_transformer(backbone=request.param, **CATEGORICAL)
+    return tiny_pipeline(transformer=transformer, generation_defaults={"num_inference_steps": 4})
+
+
+def test_discrete_tokens_are_vectors_of_the_codebook(discrete):
+    found = discrete.vae.patchify(latents(discrete, [0, 1], generator=seeds(0, 1)))
+    equal = (found[:, :, None] == discrete.transformer.head.codebook).all(-1)
+    assert (equal.sum(-1) == 1).all() and equal.any((0, 1)).sum() > 2
+    again = latents(discrete, [0, 1], generator=seeds(0, 1))
+    assert torch.equal(discrete.vae.patchify(again), found)
+    torch.testing.assert_close(latents(discrete, 1, generator=seeds(1))[0], again[1])
+
+
+def test_the_likeliest_code_alone_is_temperature_zero(discrete):
+    first, second = (latents(discrete, [0, 1], generator=seeds(0, 1), head_kwargs={"top_k": 1}) for _ in range(2))
+    cold = latents(discrete, [0, 1], generator=seeds(0, 1), temperature=0.0)
+    warm = latents(discrete, [0, 1], generator=seeds(0, 1))
+    assert torch.equal(first, second) and torch.equal(first, cold) and not torch.equal(first, warm)
+
+
+def test_head_kwargs_are_saved_and_given_like_other_settings(discrete):
+    chosen, generator = {"top_k": 2, "top_p": 0.7}, [seeds(0) for _ in range(4)]
+    expected = latents(discrete, head_kwargs=chosen, generator=generator[0])
+    plain = latents(discrete, generator=generator[1])
+    assert not torch.equal(expected, plain)
+    parts = {"transformer": discrete.transformer, "vae": discrete.vae}
+    saved = tiny_pipeline(**parts, generation_defaults={"num_inference_steps": 4, "head_kwargs": chosen})
+    assert torch.equal(latents(saved, generator=generator[2]), expected)
+    assert torch.equal(latents(saved, generator=generator[3], head_kwargs={}), plain)
 
 
 # Samplers

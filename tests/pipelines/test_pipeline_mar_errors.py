@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the pipeline refuses, before any work: each message names the argument, the value and what is allowed."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,25 +14,27 @@ from diffusers import (
 )
 
 from mar_hf import ImageTokenizer, ImageTokenizerConfig
+from mar_hf.generation import GENERATION_ORDERS
 from tiny_pipelines import seeds, tiny_pipeline, tiny_transformer
+
+
+def refuse(pipe, fragments, **kwargs):
+    """Call the pipeline with what it has to refuse; the message holds all the fragments and nothing was computed."""
+    forwards, generator = [], torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    pipe.transformer.register_forward_pre_hook(lambda *args: forwards.append(1))
+    with pytest.raises(ValueError) as error:
+        pipe(**{"class_labels": 1, "generator": generator, **kwargs})
+    for fragment in fragments:
+        assert fragment in str(error.value)
+    assert forwards == []
+    assert torch.equal(generator.get_state(), before)
 
 
 @pytest.fixture
 def refused():
-    """Call the pipeline with what it has to refuse; the message holds all the fragments and nothing was computed."""
-    pipe = tiny_pipeline()
-
-    def refused(fragments, **kwargs):
-        forwards, generator = [], torch.Generator().manual_seed(0)
-        before = generator.get_state()
-        pipe.transformer.register_forward_pre_hook(lambda *args: forwards.append(1))
-        with pytest.raises(ValueError) as error:
-            pipe(**{"class_labels": 1, "generator": generator, **kwargs})
-        for fragment in fragments:
-            assert fragment in str(error.value)
-        assert forwards == []
-        assert torch.equal(generator.get_state(), before)
-
+    """The same with a tiny pipeline, which is the attribute `pipe`."""
+    refused = partial(refuse, pipe := tiny_pipeline())
     refused.pipe = pipe
     return refused
 
@@ -86,7 +90,7 @@ def test_no_labels(refused, labels):
         ({"guidance_schedule": "cosine"}, ["['constant', 'linear']", "got 'cosine'"]),
         ({"token_schedule": "linear"}, ["['constant', 'cosine']", "got 'linear'"]),
         ({"head_step_schedule": "cosine"}, ["['constant', 'linear']", "got 'cosine'"]),
-        ({"generation_order": "spiral"}, ["['random', 'raster']", "got 'spiral'"]),
+        ({"generation_order": "diagonal"}, [str(sorted(GENERATION_ORDERS)), "got 'diagonal'"]),
         ({"generation_order": torch.arange(15)[None]}, ["(1, 16)", "got (1, 15)"]),
         ({"generation_order": torch.arange(16)}, ["(1, 16)", "got (16,)"]),
         ({"generation_order": torch.arange(16).repeat(2, 1)}, ["(1, 16)", "got (2, 16)"]),
@@ -103,6 +107,10 @@ def test_no_labels(refused, labels):
         ({"noise": torch.zeros(2, 16, 5, 12)}, ["(1, 16, 5, 12)", "got (2, 16, 5, 12)"]),
         ({"noise": torch.zeros(16, 5, 12)}, ["(1, 16, 5, 12)", "got (16, 5, 12)"]),
         ({"noise": [0.0]}, ["(1, 16, 5, 12)", "got list"]),
+        ({"context_noise": -0.1}, ["[0, 1]", "got -0.1"]),
+        ({"context_noise": 1.5}, ["[0, 1]", "got 1.5"]),
+        ({"context_noise": "some"}, ["[0, 1]", "got 'some'"]),
+        ({"head_kwargs": ["top_k"]}, ["a dict", "got ['top_k']"]),
         ({"output_type": "jpg"}, ["pil, np, pt or latent", "got 'jpg'"]),
         ({"output_type": None}, ["pil, np, pt or latent", "got None"]),
         ({"callback_on_step_end_tensor_inputs": ["latents", "noise"]}, ["['latents', 'mask']", "got ['noise']"]),
@@ -146,6 +154,43 @@ def test_schedulers_that_do_not_fit(refused, scheduler, fragments):
 def test_a_temperature_that_the_scheduler_does_not_have(refused):
     refused.pipe.scheduler = DDIMScheduler.from_config(refused.pipe.scheduler.config)
     refused(["`temperature`", "1.0 with DDIMScheduler", "got 0.9"], temperature=0.9)
+
+
+# What the parts of the model do not do
+
+
+@pytest.mark.parametrize(
+    "limit, kwargs, fragments",
+    [
+        (1, {"num_inference_steps": 15}, ["at most 1 tokens a step", "not 2", "at least 16 steps"]),
+        (3, {"num_inference_steps": 5}, ["at most 3 tokens a step", "not 4", "at least 6 steps"]),
+        (3, {"num_inference_steps": 6, "token_schedule": "cosine"}, ["not 4", '`token_schedule="constant"`']),
+    ],
+)
+def test_steps_of_more_tokens_than_the_causal_model_predicts(limit, kwargs, fragments):
+    transformer = tiny_transformer(backbone="ar", max_tokens_per_step=limit)
+    refuse(tiny_pipeline(transformer=transformer, generation_defaults=None), fragments, **kwargs)
+
+
+def test_saved_steps_of_more_tokens_than_the_causal_model_predicts():
+    transformer = tiny_transformer(backbone="ar", max_tokens_per_step=1)
+    refuse(tiny_pipeline(transformer=transformer), ["at most 1 tokens a step", "at least 16 steps"])
+
+
+@pytest.mark.parametrize("backbone", ["mar", "ar"])
+@pytest.mark.parametrize(
+    "head_type, head_kwargs, fragments",
+    [
+        ("diffusion", {"top_k": 5}, ["['top_k']"]),
+        ("categorical", {"top_q": 5}, ["top_k and top_p", "got ['top_q']"]),
+        ("categorical", {"top_k": 9}, ["`top_k`", "from 1 to 8", "got 9"]),
+        ("categorical", {"top_p": 0}, ["`top_p`", "(0, 1]", "got 0"]),
+    ],
+)
+def test_settings_that_the_head_does_not_have(backbone, head_type, head_kwargs, fragments):
+    head = {"head_type": head_type} | ({"head_config": {"num_codes": 8}} if head_type == "categorical" else {})
+    pipe = tiny_pipeline(transformer=tiny_transformer(backbone=backbone, **head))
+    refuse(pipe, fragments, head_kwargs=head_kwargs)
 
 
 # Construction

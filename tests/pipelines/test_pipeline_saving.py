@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModel
 
 from mar_hf import (
+    ARForImageGeneration,
     ImageTokenizer,
     MARConfig,
     MARForImageGeneration,
@@ -21,7 +22,7 @@ from mar_hf import (
     MARPipeline,
     TokenDDPMScheduler,
 )
-from tiny_pipelines import FEW_STEPS, NAMES, seeds, tiny_kl, tiny_pipeline
+from tiny_pipelines import FEW_STEPS, NAMES, seeds, tiny_kl, tiny_pipeline, tiny_transformer
 
 
 SETTINGS = {
@@ -33,12 +34,15 @@ SETTINGS = {
     "head_step_schedule": "linear",
     "temperature": 0.9,
     "generation_order": "raster",
+    "context_noise": 0.1,
 }
 
 
-@pytest.fixture(params=["pixels", "kl"])
+@pytest.fixture(params=["pixels", "kl", "causal"])
 def pipe(request):
-    return tiny_pipeline(tiny_kl() if request.param == "kl" else None, generation_defaults=SETTINGS)
+    """On pixels, with an autoencoder, and with the causal backbone."""
+    vae = tiny_kl() if request.param == "kl" else None
+    return tiny_pipeline(vae, backbone="ar" if request.param == "causal" else "mar", generation_defaults=SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +92,8 @@ def test_a_folder_round_trip(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == "MARPipeline"
-    assert index["transformer"] == ["mar_hf", "MARForImageGeneration"]
+    causal = isinstance(pipe.transformer, ARForImageGeneration)
+    assert index["transformer"] == ["mar_hf", "ARForImageGeneration" if causal else "MARForImageGeneration"]
     assert index["vae"] == ["mar_hf", "ImageTokenizer"]
     assert index["scheduler"] == ["mar_hf", "TokenDDPMScheduler"]
     assert index["generation_defaults"] == SETTINGS
@@ -116,12 +121,22 @@ def test_saved_defaults_are_used(pipe, tmp_path):
     assert not torch.allclose(generate(plain), expected, atol=1e-3)
 
 
-def test_a_pipeline_without_names_and_defaults(tmp_path):
-    pipe = tiny_pipeline(id2label=None, generation_defaults=None)
+@pytest.mark.parametrize("backbone", ["mar", "ar"])
+def test_a_pipeline_without_names_and_defaults(backbone, tmp_path):
+    pipe = tiny_pipeline(backbone=backbone, id2label=None, generation_defaults=None)
     pipe.save_pretrained(tmp_path)
     found = load(tmp_path)
     assert found.config.id2label is None and found.labels == {}
     assert found.generation_defaults == pipe.generation_defaults
+
+
+@pytest.mark.parametrize("backbone", ["mar", "ar"])
+def test_a_categorical_head_comes_back_with_its_codebook(backbone, tmp_path):
+    head = {"head_type": "categorical", "head_config": {"num_codes": 8}}
+    defaults = {"num_inference_steps": 4, "head_kwargs": {"top_k": 3}}
+    pipe = tiny_pipeline(transformer=tiny_transformer(backbone=backbone, **head), generation_defaults=defaults)
+    pipe.save_pretrained(tmp_path)
+    assert_same_pipeline(load(tmp_path), pipe)
 
 
 def test_by_hub_id(hub, pipe, tmp_path):
@@ -134,8 +149,12 @@ def test_by_hub_id(hub, pipe, tmp_path):
 
 
 def test_in_a_fresh_process(hub, kl, folder, tmp_path):
+    causal = tiny_pipeline(backbone="ar")
     kl.push_to_hub("org/fresh")
-    expected = hashlib.sha256(kl("kitten", generator=seeds(0)).images[0].tobytes()).hexdigest()
+    causal.push_to_hub("org/causal")
+    expected = [
+        hashlib.sha256(pipe("kitten", generator=seeds(0)).images[0].tobytes()).hexdigest() for pipe in (kl, causal)
+    ]
     code = """
 import hashlib, sys, torch
 from mar_hf import MARPipeline
@@ -144,11 +163,10 @@ for source in sys.argv[1:]:
     print(hashlib.sha256(image.tobytes()).hexdigest())
 """
     environment = {**os.environ, "HF_HOME": str(tmp_path)}
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(folder), "org/fresh"], env=environment, capture_output=True, text=True
-    )
+    sources = [str(folder), "org/fresh", "org/causal"]
+    run = subprocess.run([sys.executable, "-c", code, *sources], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [expected, expected]
+    assert run.stdout.split() == [expected[0], *expected]
 
 
 def test_components_by_hub_id(hub, kl, tmp_path):
