@@ -11,8 +11,9 @@ CHECKED := $(wildcard src tests examples benchmarks utils setup.py)
 demo: $(VENV)/base.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/mar-hf generate --demo --output demo.png
 
+# Tests are small: a process of its own for each core does more than several threads for each test.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 style: $(VENV)/quality.stamp
 	$(BIN)/ruff check --fix $(CHECKED)
