@@ -13,7 +13,7 @@ demo: $(VENV)/base.stamp
 
 # Tests are small: a process of its own for each core does more than several threads for each test.
 test: $(VENV)/test.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 style: $(VENV)/quality.stamp
 	$(BIN)/ruff check --fix $(CHECKED)
