@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (the default tracker has to be installed)
 
 from example_runs import SIZES, forget_accelerate
-from mar_hf import MARConfig, MARPipeline
+from mar_hf import ARForImageGeneration, MARConfig, MARPipeline
+from mar_hf.models import BACKBONES
 from snippets import ROOT
 
 
@@ -26,6 +27,9 @@ import cache_latents  # noqa: E402
 import train  # noqa: E402
 
 
+# A causal model as small as the masked one.
+CAUSAL = {name: value for name, value in SIZES.items() if not name.endswith("coder_layers")}
+CAUSAL |= {"model_type": "mar_hf_ar", "num_layers": 2}
 NO_DROPOUT = {**SIZES, "attention_dropout": 0.0, "hidden_dropout": 0.0}
 SETTINGS = {
     "resolution": 8,
@@ -303,9 +307,81 @@ def test_the_learning_rate_is_scaled_by_the_batch(pictures, tmp_path):
     assert float(rows(tmp_path)[-1]["learning_rate"]) == pytest.approx(1e-2 * 8 / 256)
 
 
+# The causal model
+
+
+@pytest.fixture(scope="module")
+def causal(pictures, tmp_path_factory):
+    """Four steps of a causal model that learns random orders first, and up to two tokens a step."""
+    config = {**CAUSAL, "order": "random_annealed", "max_tokens_per_step": 2, "context_noise": 0.2}
+    settings = {"model_config": json.dumps(config), "checkpointing_steps": 2, "validation_steps": 4}
+    settings["generation_defaults"] = '{"num_inference_steps": 8, "num_diffusion_steps": 2}'
+    return run(pictures, tmp_path_factory.mktemp("causal"), **settings), settings
+
+
+def test_a_causal_model_trains_by_configuration(pictures, tmp_path, monkeypatch):
+    model = {**CAUSAL, "order": "raster", "position_type": "rotary"}
+    settings = {**SETTINGS, "model_config": model, "train_data_dir": pictures, "max_train_steps": 2}
+    del settings["generation_defaults"]
+    (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    words = ["--config", str(tmp_path / "config.json"), "--output_dir", str(tmp_path / "run")]
+    drawn, original = [], ARForImageGeneration.training_inputs
+
+    def recording(model, *args, progress, **kwargs):
+        inputs = original(model, *args, progress=progress, **kwargs)
+        drawn.append((progress, inputs["orders"].tolist(), inputs["tokens_per_step"]))
+        return inputs
+
+    monkeypatch.setattr(ARForImageGeneration, "training_inputs", recording)
+    train.main(train.parse_arguments(train.Arguments, words))
+    # The last is the validation loss, of all 15 pictures.
+    assert [(progress, len(orders)) for progress, orders, _ in drawn] == [(0.0, 4), (0.5, 4), (1.0, 15)]
+    assert all(order == list(range(16)) for _, orders, _ in drawn for order in orders)
+    assert all(counts == [1] * 16 for _, _, counts in drawn)
+    pipe = MARPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert type(pipe.transformer) is ARForImageGeneration
+    assert pipe.transformer.config.position_type == "rotary"
+    found = pipe.generation_defaults
+    assert (found["num_inference_steps"], found["token_schedule"]) == (16, "constant")
+    assert (found["generation_order"], found["num_diffusion_steps"]) == ("raster", 50)
+    assert pipe("owl", num_diffusion_steps=2).images[0].size == (8, 8)
+
+
+def test_a_causal_model_is_resumed_to_the_same_bytes(causal, pictures, tmp_path):
+    trained, settings = causal
+    folder = shutil.copytree(trained, tmp_path / "run")
+    run(pictures, folder, **settings, resume_from_checkpoint="checkpoint-2")
+    assert equal(weights(folder), weights(trained)) and losses(folder) == losses(trained)
+    # The third step and the fourth were really done again.
+    assert (folder / "checkpoint-4" / "model.safetensors").stat().st_mtime_ns > (
+        (trained / "checkpoint-4" / "model.safetensors").stat().st_mtime_ns
+    )
+
+
+def test_a_causal_pipeline_samples_and_is_fine_tuned(causal, tmp_path):
+    trained, settings = causal
+    pipe = MARPipeline.from_pretrained(trained / "pipeline")
+    assert pipe.transformer.config.context_noise == 0.2
+    assert pipe.generation_defaults["generation_order"] == "random_annealed"
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    pictures = pipe(["cat", "owl"], generator=generators, output_type="pt").images
+    assert pictures.shape == (2, 3, 8, 8) and not torch.equal(*pictures)
+    data = write_pictures(tmp_path / "data", ["bee", "owl"], 4, seed=1)
+    settings = {"pretrained_model_name_or_path": str(trained / "pipeline"), "model_config": "{}"}
+    settings |= {"learning_rate": 0.0, "max_train_steps": 1, "generation_defaults": None}
+    folder = run(data, tmp_path / "run", **settings)
+    old, new = weights(trained), weights(folder)
+    table = "model.class_embedding.weight"
+    assert torch.equal(new.pop(table)[1:], old.pop(table)[2:]) and equal(old, new)
+    tuned = MARPipeline.from_pretrained(folder / "pipeline")
+    assert type(tuned.transformer) is ARForImageGeneration and tuned.labels == {"bee": 0, "owl": 1}
+    assert tuned.config.generation_defaults == pipe.config.generation_defaults
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"model_config": json.dumps(CAUSAL)}, "at most 1 tokens a step .* at least 16 steps"),
         ({"model_config": '{"model_type": "gpt"}'}, "`model_type` has to be one of"),
         ({"model_config": "[1]"}, r"`model_config` has to be a JSON object, got \[1\]"),
         ({"model_config": "{"}, "`model_config` has to be a JSON object"),
@@ -328,7 +404,8 @@ def test_every_configuration_file_is_one(path):
         pytest.skip("another script's")
     args = train.parse_arguments(train.Arguments, ["--config", str(path), "--output_dir", "out"])
     config = json.loads(args.model_config)
-    config = MARConfig.preset(config.pop("preset", "base"), **config)
+    config_class = BACKBONES[config.pop("model_type", MARConfig.model_type)][0]
+    config = config_class.preset(config.pop("preset", "base"), **config)
     sizes = {"imagenet_mar_base": 768, "imagenet_mar_large": 1024, "imagenet_mar_huge": 1280}
     assert config.hidden_size == sizes.get(path.stem, config.hidden_size)
     assert args.learning_rate == settings["learning_rate"]
