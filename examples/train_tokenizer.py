@@ -4,12 +4,14 @@
     accelerate launch examples/train_tokenizer.py --config examples/configs/emoji_tokenizer.json \\
         --train_data_dir data/emoji --output_dir out/tokenizer
 
-The autoencoder is one of diffusers': `kl` (AutoencoderKL, whose encoder predicts its posterior's deviation) or `dc`
+The autoencoder is one of diffusers': `kl` (AutoencoderKL, whose encoder predicts its posterior's deviation), `dc`
 (AutoencoderDC with residual blocks only, no layer at full resolution, several times quicker on a CPU; its posterior
-has the fixed deviation `latent_noise`). The loss is the mean absolute error + the mean squared error + `kl_weight`
-times the mean divergence of the posterior from N(0, 1) per latent number, if asked for + a distance in features, and
-+ the verdict of a discriminator of patches, as latent diffusion has it (arXiv:2112.10752). At the end the latents'
-mean and deviation are measured per channel over the data, so that tokens have zero mean and unit variance.
+has the fixed deviation `latent_noise`) or `vq` (VQModel, whose latents are replaced by the nearest of `num_codes`
+vectors). The loss is the mean absolute error + the mean squared error, + `kl_weight` times the mean divergence of the
+posterior from N(0, 1) per latent number or, for `vq`, the squared distance of latents and their vectors
+(arXiv:1711.00937), if asked for + a distance in features, and + the verdict of a discriminator of patches, as latent
+diffusion has it (arXiv:2112.10752). At the end the latents' mean and deviation are measured per channel over the data,
+so that tokens have zero mean and unit variance.
 
 `output_dir` then is an `ImageTokenizer`; beside it lie `grid.png` (pictures above their reconstructions), `loss.csv`,
 `loss.png`, `samples/`, and `checkpoint-<step>/`, from which `--resume_from_checkpoint latest` goes on exactly.
@@ -23,12 +25,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from datasets import Dataset
-from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, VQModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -57,6 +60,7 @@ from mar_hf import ImageTokenizer
 logger = get_logger(__name__)
 
 HELD_OUT = ("validation", "test")
+Autoencoder = AutoencoderKL | AutoencoderDC | VQModel
 
 
 @dataclass
@@ -73,15 +77,22 @@ class Arguments:
     random_flip: bool = field(default=False, metadata={"help": "mirror half of the pictures"})
     random_shift: int = field(default=0, metadata={"help": "shift pictures by up to so many pixels"})
 
-    autoencoder: str = field(default="kl", metadata={"help": "kl or dc"})
+    autoencoder: str = field(default="kl", metadata={"help": "kl, dc or vq"})
     block_out_channels: list[int] = field(
         default_factory=lambda: [32, 64, 128], metadata={"help": "channels at each resolution, halved between them"}
     )
     layers_per_block: list[int] = field(
-        default_factory=lambda: [1], metadata={"help": "residual blocks: one number (kl), or one a resolution (dc)"}
+        default_factory=lambda: [1],
+        metadata={"help": "residual blocks: one number, or (dc) one a resolution"},
     )
     latent_channels: int = field(default=8, metadata={"help": "channels of the latent grid"})
     latent_noise: float = field(default=0.3, metadata={"help": "deviation of the dc autoencoder's posterior"})
+
+    num_codes: int = field(default=256, metadata={"help": "vectors of the vq autoencoder's codebook"})
+    code_restart_steps: int = field(default=20, metadata={"help": "codes not used for so many steps start anew"})
+    quantize: bool = field(
+        default=False, metadata={"help": "tokens are vectors of the codebook; default: latents before quantisation"}
+    )
 
     kl_weight: float = field(default=3e-3, metadata={"help": "weight of the posterior's divergence from N(0, 1)"})
     perceptual_weight: float = field(default=0.0, metadata={"help": "weight of the distance in features"})
@@ -115,14 +126,19 @@ class Arguments:
 
     def __post_init__(self) -> None:
         positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps")
-        for name in (*positive, "validation_steps", "checkpointing_steps", "checkpoints_total_limit"):
+        positive += ("validation_steps", "checkpointing_steps", "checkpoints_total_limit")
+        for name in (*positive, "num_codes", "code_restart_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
-        if self.autoencoder not in ("kl", "dc"):
-            raise ValueError(f"`autoencoder` has to be kl or dc, got {self.autoencoder!r}.")
+        if self.autoencoder not in ("kl", "dc", "vq"):
+            raise ValueError(f"`autoencoder` has to be kl, dc or vq, got {self.autoencoder!r}.")
+        if self.quantize and self.autoencoder != "vq":
+            raise ValueError(f"`quantize` goes with `autoencoder` vq only, got {self.autoencoder!r}.")
         levels, layers = len(self.block_out_channels), self.layers_per_block
-        if len(layers) != (1 if self.autoencoder == "kl" else levels):
-            raise ValueError(f"`layers_per_block` has to be one number (kl) or one a resolution (dc), got {layers}.")
+        if len(layers) != (levels if self.autoencoder == "dc" else 1):
+            raise ValueError(
+                f"`layers_per_block` has to be one number (kl, vq) or one a resolution (dc), got {layers}."
+            )
         if self.resolution % 2 ** (levels - 1):
             raise ValueError(f"`resolution` has to be a multiple of {2 ** (levels - 1)}, got {self.resolution}.")
         if self.perceptual_weights is not None and not self.perceptual_weight:
@@ -133,19 +149,26 @@ class Arguments:
             raise ValueError("`mixed_precision` fp16 does not go with a discriminator: use bf16 or no.")
 
 
-def build_autoencoder(args: Arguments) -> AutoencoderKL | AutoencoderDC:
+def build_autoencoder(args: Arguments) -> Autoencoder:
     """The autoencoder of the settings, with random weights."""
     levels = len(args.block_out_channels)
-    if args.autoencoder == "kl":
-        return AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=args.block_out_channels,
-            layers_per_block=args.layers_per_block[0],
-            latent_channels=args.latent_channels,
-            norm_num_groups=math.gcd(16, *args.block_out_channels),
-            sample_size=args.resolution,
-        )
+    if args.autoencoder != "dc":
+        blocks = {
+            "down_block_types": ("DownEncoderBlock2D",) * levels,
+            "up_block_types": ("UpDecoderBlock2D",) * levels,
+            "block_out_channels": args.block_out_channels,
+            "layers_per_block": args.layers_per_block[0],
+            "latent_channels": args.latent_channels,
+            "norm_num_groups": math.gcd(16, *args.block_out_channels),
+            "sample_size": args.resolution,
+        }
+        if args.autoencoder == "kl":
+            return AutoencoderKL(**blocks)
+        vae = VQModel(**blocks, num_vq_embeddings=args.num_codes)
+        # As published: the encoder follows the codebook a quarter as strongly as the codebook follows the encoder.
+        # With diffusers' default it is the other way round.
+        vae.quantize.legacy = False
+        return vae
     sides = {
         f"{side}_{name}": value
         for side in ("encoder", "decoder")
@@ -168,26 +191,48 @@ class Reconstruction(torch.nn.Module):
     """Encoding, a draw from the posterior and decoding as one `forward`, so that processes share their gradients.
 
     Args:
-        vae (`AutoencoderKL` or `AutoencoderDC`): what is trained.
+        vae (`Autoencoder`): what is trained.
         latent_noise (`float`): deviation of the posterior, where the encoder predicts none.
     """
 
-    def __init__(self, vae: AutoencoderKL | AutoencoderDC, latent_noise: float):
+    def __init__(self, vae: Autoencoder, latent_noise: float):
         super().__init__()
         self.vae = vae
         self.latent_noise = latent_noise
+        if isinstance(vae, VQModel):
+            # How often each code was used of late: a part of what resuming needs.
+            self.register_buffer("usage", torch.zeros(vae.config.num_vq_embeddings))
 
     def forward(
         self, pictures: torch.Tensor, generators: list[torch.Generator]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The pictures again, and mean and deviation of the posterior, both (B, c, H, W)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The pictures again, the term that holds the latents together; for VQ, latents (rows, c) and their codes."""
         encoded = self.vae.encode(pictures)
+        if isinstance(self.vae, VQModel):
+            quantised, commitment, (_, _, codes) = self.vae.quantize(encoded.latents)
+            restored = self.vae.decode(quantised, force_not_quantize=True).sample
+            return restored, commitment, encoded.latents.detach().permute(0, 2, 3, 1).flatten(0, 2), codes
         if isinstance(self.vae, AutoencoderKL):
             mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
         else:
             mean, std = encoded.latent, torch.full_like(encoded.latent, self.latent_noise)
         noise = randn_tensor(mean.shape, generators, mean.device, torch.float32).to(mean)
-        return self.vae.decode(mean + std * noise).sample, mean, std
+        restored = self.vae.decode(mean + std * noise).sample
+        mean, std = mean.float(), std.float()
+        return restored, 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean(), None, None
+
+
+def perplexity(counts: torch.Tensor) -> torch.Tensor:
+    """How many codes, all used alike, would be as varied as these.
+
+    Args:
+        counts (`torch.Tensor` of shape `(num_codes,)`): how often each code was used.
+
+    Returns:
+        `torch.Tensor`: a scalar from 1 to `num_codes`.
+    """
+    shares = counts / counts.sum()
+    return torch.special.entr(shares).sum().exp()
 
 
 @torch.no_grad()
@@ -232,6 +277,7 @@ class Trainer:
         self.model, self.optimizer, self.lr_scheduler = self.prepare(
             Reconstruction(self.vae, args.latent_noise), (0.9, 0.95)
         )
+        self.reconstruction = accelerator.unwrap_model(self.model)
         self.trained = list(self.vae.parameters())
         self.ema = EMAModel(self.trained, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
         self.progress = Progress(len(self.dataset), args.seed)
@@ -273,21 +319,26 @@ class Trainer:
         adversarial = self.discriminator is not None and self.progress.step >= args.discriminator_start
         models = [self.model, *([self.discriminator] if adversarial else [])]
         rows: list[dict[str, torch.Tensor]] = []
+        quantised: list[tuple[torch.Tensor, torch.Tensor]] = []
         for batch in batches:
             with accelerator.accumulate(*models):
                 pictures = batch["pixel_values"].to(accelerator.device, non_blocking=True)
                 generators = example_generators(args.seed, batch["position"], accelerator.device)
-                restored, mean, std = self.model(pictures, generators)
+                restored, regulariser, latents, codes = self.model(pictures, generators)
                 error = restored - pictures
-                divergence = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
-                row = {"reconstruction_loss": error.abs().mean() + error.square().mean(), "kl": divergence}
+                row = {"reconstruction_loss": error.abs().mean() + error.square().mean()}
+                if codes is None:
+                    row["kl"], weight = regulariser, args.kl_weight
+                else:
+                    row["commitment_loss"], weight = regulariser, 1.0
+                    quantised.append((latents, codes))
                 loss = row["reconstruction_loss"]
                 if self.perceptual is not None:
                     row["perceptual_loss"] = self.perceptual(pictures, restored)
                     loss = loss + args.perceptual_weight * row["perceptual_loss"]
                 if adversarial:
                     loss = loss + self.judge(restored, loss)
-                accelerator.backward(loss + args.kl_weight * divergence)
+                accelerator.backward(loss + weight * regulariser)
                 name = "reconstruction_loss"
                 row[name] = self.update(self.model, self.optimizer, row[name].detach())
                 if adversarial:
@@ -302,9 +353,44 @@ class Trainer:
         if adversarial:
             self.discriminator_scheduler.step()
         self.ema.step(self.trained)
+        result = {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+        if quantised:
+            result |= self.watch_codes(*map(torch.cat, zip(*quantised, strict=True)))
         self.progress.step += 1
         self.progress.position += args.train_batch_size * accelerator.num_processes * len(batches)
-        return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+        return result
+
+    @torch.no_grad()
+    def watch_codes(self, latents: torch.Tensor, codes: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Start unused codes anew, after the first step and then now and then; most would never be the nearest to any.
+
+        They become latents of this step, the likelier the farther these are from their own codes. All processes see
+        all latents and draw from the same generator, which depends on seed and step only. The optimizer's averages of
+        an unused code need no reset: without gradients they have all but vanished.
+
+        Args:
+            latents (`torch.Tensor` of shape `(rows, latent_channels)`): of this process, before quantisation.
+            codes (`torch.Tensor` of shape `(rows,)`): the nearest to each.
+
+        Returns:
+            `dict[str, torch.Tensor]`: share of the codes that the step used, and their perplexity.
+        """
+        accelerator, step, usage = self.accelerator, self.progress.step, self.reconstruction.usage
+        codes = accelerator.gather(codes)
+        counts = torch.zeros_like(usage).index_add_(0, codes, torch.ones_like(codes, dtype=usage.dtype))
+        usage += counts
+        if step % self.args.code_restart_steps == 0:
+            codebook, latents = self.vae.quantize.embedding.weight, accelerator.gather(latents).float()
+            unused = (usage == 0).nonzero()[:, 0]
+            if len(unused):
+                errors = (latents - codebook[codes]).square().sum(1).cpu() + 1e-12
+                generator = example_generators(self.args.seed, [step], stream=2)[0]
+                drawn = torch.multinomial(errors, len(unused), replacement=True, generator=generator)
+                averages = (a for a, p in zip(self.ema.shadow_params, self.trained, strict=True) if p is codebook)
+                for vectors in (codebook, *averages):
+                    vectors[unused] = latents[drawn.to(latents.device)]
+            usage.zero_()
+        return {"codes_used": (counts > 0).float().mean(), "perplexity": perplexity(counts)}
 
     def update(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> torch.Tensor:
         """An optimizer's step, where this batch completes one; the loss, or the norm where that is not finite."""
@@ -340,7 +426,7 @@ class Trainer:
         return result
 
     @contextmanager
-    def averaged(self) -> Iterator[AutoencoderKL | AutoencoderDC]:
+    def averaged(self) -> Iterator[Autoencoder]:
         """The autoencoder, for this while with its averaged weights."""
         self.ema.store(self.trained)
         self.ema.copy_to(self.trained)
@@ -361,6 +447,15 @@ class Trainer:
         pictures = VaeImageProcessor().postprocess(torch.cat([batches[0][:16], restored[0][:16]]))
         return psnr, len(errors), make_image_grid(pictures, rows=2, cols=len(pictures) // 2, resize=96)
 
+    @torch.no_grad()
+    def measure_codes(self) -> str:
+        """How many codes the pictures of `measure` use, in words."""
+        counts = torch.zeros_like(self.reconstruction.usage)
+        for batch in some_pictures(self.held_out or self.dataset, self.args.train_batch_size):
+            codes = self.vae.quantize(self.vae.encode(batch.to(counts.device)).latents)[2][2]
+            counts += codes.bincount(minlength=len(counts))
+        return f", {(counts > 0).sum()} of {len(counts)} codes in use, perplexity {perplexity(counts):.1f},"
+
     def validate(self) -> None:
         """Write a grid and the curves; every process calls this."""
         if self.accelerator.is_main_process:
@@ -377,10 +472,12 @@ class Trainer:
         """Write the tokenizer with the statistics of its latents. Returns what there is to say of it."""
         args = self.args
         with self.averaged() as vae:
-            plain = ImageTokenizer.from_autoencoder(vae, scaling_factor=1.0, shift_factor=0.0)
+            wrap = partial(ImageTokenizer.from_autoencoder, vae, quantize=args.quantize)
+            plain = wrap(scaling_factor=1.0, shift_factor=0.0)
             mean, std = latent_statistics(plain, some_pictures(self.dataset, args.train_batch_size))
-            tokenizer = ImageTokenizer.from_autoencoder(vae, scaling_factor=[1 / s for s in std], shift_factor=mean)
+            tokenizer = wrap(scaling_factor=[1 / s for s in std], shift_factor=mean)
             psnr, count, grid = self.measure(tokenizer)
+            usage = self.measure_codes() if isinstance(vae, VQModel) else ""
             with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".tokenizer-") as folder:
                 tokenizer.save_pretrained(folder)
                 grid.save(pathlib.Path(folder, "grid.png"))
@@ -389,7 +486,7 @@ class Trainer:
                 for name in ("model.safetensors", "grid.png", "config.json"):
                     os.replace(pathlib.Path(folder, name), pathlib.Path(args.output_dir, name))
         kind = "training" if self.held_out is None else "held-out"
-        return f"PSNR {psnr:.2f} dB over {count} {kind} pictures; tokenizer in {args.output_dir}"
+        return f"PSNR {psnr:.2f} dB{usage} over {count} {kind} pictures; tokenizer in {args.output_dir}"
 
 
 def main(args: Arguments) -> None:

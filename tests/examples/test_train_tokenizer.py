@@ -40,6 +40,7 @@ SETTINGS = {
     "validation_steps": 2,
 }
 DC = {"autoencoder": "dc", "layers_per_block": [0, 1]}
+VQ = {"autoencoder": "vq", "num_codes": 64, "code_restart_steps": 2}
 
 
 def write_pictures(folder, count, seed=0):
@@ -131,13 +132,17 @@ def test_a_run_leaves_a_tokenizer_checkpoints_samples_and_curves(trained):
 
 
 # A drawn posterior has other statistics in every draw.
-@pytest.mark.parametrize("settings, error", [({}, 0.25), (DC, 5e-3)], ids=["kl", "dc"])
+@pytest.mark.parametrize(
+    "settings, error",
+    [({}, 0.25), (DC, 5e-3), (VQ, 5e-3), (VQ | {"quantize": True}, 5e-3)],
+    ids=["kl", "dc", "vq", "quantised"],
+)
 def test_tokens_have_unit_variance_and_psnr_is_that_of_pictures_held_out(pictures, tmp_path, capsys, settings, error):
     data = tmp_path / "data"
     (data).mkdir()
     (data / "train").symlink_to(pictures)
     write_pictures(data / "test", 3, seed=1)
-    settings |= {"learning_rate": 1e-2, "max_train_steps": 20, "validation_steps": 20, "ema_decay": 0.5}
+    settings = settings | {"learning_rate": 1e-2, "max_train_steps": 20, "validation_steps": 20, "ema_decay": 0.5}
     folder = run(data, tmp_path / "run", train_batch_size=10, **settings)
     tokenizer = ImageTokenizer.from_pretrained(folder)
     images = pixels(pictures).repeat(20, 1, 1, 1)
@@ -145,7 +150,16 @@ def test_tokens_have_unit_variance_and_psnr_is_that_of_pictures_held_out(picture
     assert latents.mean(1).abs().max() < error and (latents.std(1) - 1).abs().max() < error
     assert tokenizer.stride == 2 and tokenizer.token_dim == 2
     expected = psnr(tokenizer, pixels(data / "test"))
-    assert capsys.readouterr().out == f"PSNR {expected:.2f} dB over 3 held-out pictures; tokenizer in {folder}\n"
+    usage = ""
+    if tokenizer.config.autoencoder["_class_name"] == "VQModel":
+        assert tokenizer.config.quantize == settings.get("quantize", False)
+        quantised = ImageTokenizer.from_autoencoder(tokenizer.autoencoder, quantize=True)
+        tokens = quantised.encode(pixels(data / "test")).tokens.flatten(0, 1)
+        shares = tokens.unique(dim=0, return_counts=True)[1] / len(tokens)
+        diversity = (-(shares * shares.log()).sum()).exp()
+        usage = f", {len(shares)} of 64 codes in use, perplexity {diversity:.1f},"
+    expected_line = f"PSNR {expected:.2f} dB{usage} over 3 held-out pictures; tokenizer in {folder}\n"
+    assert capsys.readouterr().out == expected_line
     assert losses(folder, "psnr")[-1] == pytest.approx(expected, abs=1e-3)
     assert abs(expected - psnr(tokenizer, pixels(pictures))) > 0.01
     # It learns.
@@ -173,8 +187,10 @@ def everything(features):
     }
 
 
-def test_a_resumed_run_ends_with_the_same_bytes(pictures, features, tmp_path):
-    settings = {**everything(features), "gradient_accumulation_steps": 2, "max_train_steps": 5}
+@pytest.mark.parametrize("autoencoder", [{}, VQ], ids=["kl", "vq"])
+def test_a_resumed_run_ends_with_the_same_bytes(pictures, features, tmp_path, autoencoder):
+    # A restart of unused codes after the interruption looks back to before it.
+    settings = {**everything(features), **autoencoder, "gradient_accumulation_steps": 2, "max_train_steps": 5}
     whole = run(pictures, tmp_path / "whole", **settings)
     stopped = tmp_path / "stopped"
     trainer = train_tokenizer.Trainer
@@ -209,10 +225,20 @@ def test_accumulated_batches_equal_a_large_one(trained, pictures, tmp_path):
     assert np.allclose(losses(parts), losses(trained), atol=1e-5)
 
 
+def test_accumulated_batches_choose_the_same_codes(pictures, tmp_path):
+    settings = {**VQ, "checkpointing_steps": 9, "validation_steps": 9}
+    whole = run(pictures, tmp_path / "whole", **settings)
+    parts = run(pictures, tmp_path / "parts", **settings, train_batch_size=2, gradient_accumulation_steps=2)
+    for name in ("reconstruction_loss", "commitment_loss", "codes_used", "perplexity"):
+        assert np.allclose(losses(parts, name), losses(whole, name), atol=1e-4), name
+
+
 @pytest.mark.slow
-def test_two_processes_with_half_the_batch_follow_one(pictures, features, tmp_path):
-    settings = {**SETTINGS, **everything(features), "train_data_dir": pictures, "max_train_steps": 8}
-    one = run(pictures, tmp_path / "one", **everything(features), max_train_steps=8)
+@pytest.mark.parametrize("autoencoder", [{}, VQ], ids=["kl", "vq"])
+def test_two_processes_with_half_the_batch_follow_one(pictures, features, tmp_path, autoencoder):
+    changes = {**everything(features), **autoencoder, "max_train_steps": 8}
+    one = run(pictures, tmp_path / "one", **changes)
+    settings = {**SETTINGS, **changes, "train_data_dir": pictures}
     settings |= {"train_batch_size": 2, "output_dir": tmp_path / "two"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [ROOT / "examples" / "train_tokenizer.py"]
@@ -220,10 +246,104 @@ def test_two_processes_with_half_the_batch_follow_one(pictures, features, tmp_pa
         command += [f"--{name}", *(value if isinstance(value, list) else [value])]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("reconstruction_loss", "perceptual_loss", "discriminator_loss"):
+    others = ["commitment_loss", "codes_used", "perplexity"] if autoencoder else ["kl"]
+    for name in ("reconstruction_loss", "perceptual_loss", "discriminator_loss", *others):
         first, second = losses(one, name), losses(tmp_path / "two", name)
         assert len(first) == (6 if name == "discriminator_loss" else 8)
         assert np.allclose(first, second, atol=1e-4)
+
+
+# The codebook
+
+
+def vq_trainer(pictures, folder, **settings):
+    """A trainer, and what makes a step and returns the batch's latents and codes as they were before it."""
+    trainer = train_tokenizer.Trainer(arguments(pictures, folder, **VQ | settings))
+    stream = iter(training_utils.make_batches(trainer))
+
+    def step():
+        batch = next(stream)
+        with torch.no_grad():
+            latents = trainer.vae.encode(batch["pixel_values"]).latents.permute(0, 2, 3, 1).flatten(0, 2)
+            codes = torch.cdist(latents, trainer.vae.quantize.embedding.weight).argmin(1)
+        return latents, codes, trainer.step([batch])
+
+    return trainer, step
+
+
+def test_unused_codes_start_anew_from_latents(pictures, tmp_path):
+    trainer, step = vq_trainer(pictures, tmp_path, num_codes=32, code_restart_steps=3)
+    weight = trainer.vae.quantize.embedding.weight
+    (average,) = (a for a, p in zip(trainer.ema.shadow_params, trainer.trained, strict=True) if p is weight)
+    used, restarts = set(), []
+    for number in range(7):
+        before = weight.detach().clone()
+        latents, codes, row = step()
+        now = set(codes.tolist())
+        assert row["codes_used"].item() == pytest.approx(len(now) / 32)
+        used |= now
+        restarted = {code for code in range(32) if (latents == weight[code]).all(-1).any()}
+        # After the first step and then every third, all that were not used since then.
+        assert restarted == (set(range(32)) - used if number % 3 == 0 else set())
+        if number % 3 == 0:
+            restarts.append(len(restarted))
+            assert all(torch.equal(average[code], weight[code]) for code in restarted)
+            used = set()
+        kept = sorted(set(range(32)) - restarted)
+        assert (weight[kept] - before[kept]).abs().max() < 0.01
+    # Most of the first codes lie where no latent is.
+    assert restarts[0] > 20 and restarts[0] > restarts[1] > 0
+
+
+def test_new_codes_go_where_the_error_is(pictures, tmp_path):
+    trainer, _ = vq_trainer(pictures, tmp_path, num_codes=9)
+    weight = trainer.vae.quantize.embedding.weight
+    # 90 latents on the only code that was used, 10 away from it.
+    latents = weight[:1].detach().repeat(100, 1)
+    latents[::10] += torch.arange(10)[:, None] + 1.0
+    trainer.watch_codes(latents, torch.zeros(100, dtype=torch.int64))
+    assert (weight[1:] - weight[0]).amin() > 0.9
+    assert len(weight[1:].unique(dim=0)) > 3
+
+
+def test_what_is_drawn_depends_on_seed_and_step(pictures, tmp_path):
+    def codebook(seed, step, restart_steps=1):
+        trainer, _ = vq_trainer(pictures, tmp_path, seed=seed, code_restart_steps=restart_steps)
+        trainer.progress.step = step
+        trainer.vae.quantize.embedding.weight.data.zero_()
+        latents = torch.randn(200, 2, generator=seeded(5))
+        trainer.watch_codes(latents, torch.zeros(200, dtype=torch.int64))
+        forget_accelerate()
+        return trainer.vae.quantize.embedding.weight.detach()
+
+    first = codebook(0, 4)
+    torch.manual_seed(99)
+    assert torch.equal(codebook(0, 4), first)
+    for other in (codebook(1, 4), codebook(0, 5)):
+        assert not torch.equal(other, first)
+    assert codebook(0, 5, restart_steps=4).count_nonzero() == 0
+
+
+def test_perplexity_is_the_number_of_codes_used_alike():
+    assert train_tokenizer.perplexity(torch.tensor([5.0, 0.0, 5.0, 5.0])).item() == pytest.approx(3)
+    assert train_tokenizer.perplexity(torch.tensor([0.0, 7.0])).item() == pytest.approx(1)
+    # Three quarters and a quarter: 4 / 3 ** 0.75.
+    assert train_tokenizer.perplexity(torch.tensor([3.0, 1.0])).item() == pytest.approx(4 / 3**0.75)
+
+
+def test_codes_and_latents_are_drawn_to_each_other(pictures, tmp_path):
+    trainer, _ = vq_trainer(pictures, tmp_path)
+    batch = next(iter(training_utils.make_batches(trainer)))["pixel_values"]
+    _, commitment, latents, codes = trainer.model(batch, [seeded(n) for n in range(4)])
+    vectors = trainer.vae.quantize.embedding.weight[codes]
+    # A quarter for the encoder's part, as published.
+    assert commitment.item() == pytest.approx(1.25 * (latents - vectors).square().mean().item(), rel=1e-5)
+    encoder, codebook = torch.autograd.grad(
+        commitment, [trainer.vae.quant_conv.bias, trainer.vae.quantize.embedding.weight]
+    )
+    pull = 2 * (latents - vectors) / latents.numel()
+    assert torch.allclose(encoder, 0.25 * pull.sum(0), atol=1e-7)
+    assert torch.allclose(codebook, torch.zeros_like(codebook).index_add_(0, codes, -pull), atol=1e-7)
 
 
 # The adversarial term
@@ -240,12 +360,12 @@ def test_the_discriminator_takes_part_from_its_start_on(trained, pictures, tmp_p
     assert np.mean(longer[-3:]) < np.mean(longer[:3])
 
 
-@pytest.mark.parametrize("settings", [{}, DC], ids=["kl", "dc"])
+@pytest.mark.parametrize("settings", [{}, DC, VQ], ids=["kl", "dc", "vq"])
 def test_the_adversarial_gradient_has_the_given_share(pictures, tmp_path, settings):
     args = arguments(pictures, tmp_path, **settings, discriminator_start=0, discriminator_weight=0.3)
     trainer = train_tokenizer.Trainer(args)
     batch = next(iter(training_utils.make_batches(trainer)))["pixel_values"]
-    restored, _, _ = trainer.model(batch, [seeded(n) for n in range(4)])
+    restored = trainer.model(batch, [seeded(n) for n in range(4)])[0]
     loss = (restored - batch).square().mean()
     term = trainer.judge(restored, loss)
     last = next(trainer.vae.decoder.conv_out.parameters())
@@ -325,14 +445,16 @@ def test_features_that_are_not_there(pictures, tmp_path, monkeypatch):
 # Settings
 
 
-def test_half_precision_trains(trained, pictures, tmp_path):
-    folder = run(pictures, tmp_path, mixed_precision="bf16", discriminator_start=0)
-    assert losses(folder)[0] == pytest.approx(losses(trained)[0], rel=0.02)
-    assert {tensor.dtype for tensor in weights(folder).values()} == {torch.float32}
+@pytest.mark.parametrize("settings", [{}, VQ], ids=["kl", "vq"])
+def test_half_precision_trains(pictures, tmp_path, settings):
+    full = run(pictures, tmp_path / "full", **settings, max_train_steps=1)
+    half = run(pictures, tmp_path / "half", **settings, mixed_precision="bf16", discriminator_start=0)
+    assert losses(half)[0] == pytest.approx(losses(full)[0], rel=0.02)
+    assert {tensor.dtype for tensor in weights(half).values()} == {torch.float32}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
-    message = "reconstruction_loss is (nan|inf) at step 4. Its examples: .* Last good checkpoint: .*checkpoint-2. Try a lower"
+    message = "reconstruction_loss is (nan|inf) at step 4. Its examples: .* Last good checkpoint: .*checkpoint-2"
     with pytest.MonkeyPatch.context() as patch:
         step = train_tokenizer.Trainer.step
 
@@ -350,8 +472,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"autoencoder": "vq"}, "`autoencoder` has to be kl or dc, got 'vq'"),
-        ({"layers_per_block": [1, 1]}, r"`layers_per_block` has to be one number \(kl\) or one a resolution"),
+        ({"autoencoder": "vae"}, "`autoencoder` has to be kl, dc or vq, got 'vae'"),
+        ({"layers_per_block": [1, 1]}, r"`layers_per_block` has to be one number \(kl, vq\) or one a resolution"),
+        ({**VQ, "layers_per_block": [1, 1]}, "`layers_per_block` has to be one number"),
+        ({**VQ, "num_codes": 0}, "`num_codes` has to be at least 1, got 0"),
+        ({**VQ, "code_restart_steps": 0}, "`code_restart_steps` has to be at least 1, got 0"),
+        ({"quantize": True}, "`quantize` goes with `autoencoder` vq only, got 'kl'"),
         ({"autoencoder": "dc"}, r"`layers_per_block` has to be .* got \[1\]"),
         ({"resolution": 9}, "`resolution` has to be a multiple of 2, got 9"),
         ({"max_train_steps": 0}, "`max_train_steps` has to be at least 1, got 0"),
@@ -365,10 +491,26 @@ def test_wrong_settings_are_refused(pictures, tmp_path, settings, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_configuration_file(tmp_path):
-    path = ROOT / "examples" / "configs" / "emoji_tokenizer.json"
+@pytest.mark.parametrize(
+    "name, latents",
+    [
+        ("emoji_tokenizer.json", (1, 8, 8, 8)),
+        ("digits_kl_tokenizer.json", (1, 4, 8, 8)),
+        ("digits_vq_tokenizer.json", (1, 4, 8, 8)),
+    ],
+)
+def test_the_configuration_files(name, latents):
+    path = ROOT / "examples" / "configs" / name
     words = ["--config", str(path), "--train_data_dir", "data", "--output_dir", "out"]
     args = train_tokenizer.parse_arguments(train_tokenizer.Arguments, words)
     assert {name: getattr(args, name) for name in json.loads(path.read_text())} == json.loads(path.read_text())
-    vae = train_tokenizer.build_autoencoder(args)
-    assert vae.encode(torch.zeros(1, 3, 32, 32)).latent.shape == (1, 8, 8, 8)
+    tokenizer = ImageTokenizer.from_autoencoder(train_tokenizer.build_autoencoder(args), quantize=args.quantize)
+    side = args.resolution
+    assert tokenizer.encode(torch.zeros(1, 3, side, side), sample_posterior=False).latents.shape == latents
+
+
+def test_the_digits_tokenizers_have_the_same_blocks():
+    folder = ROOT / "examples" / "configs"
+    kl, vq = (json.loads((folder / f"digits_{kind}_tokenizer.json").read_text()) for kind in ("kl", "vq"))
+    assert {name for name, value in kl.items() if vq.get(name) != value} == {"autoencoder", "kl_weight"}
+    assert vq.keys() - kl.keys() == {"num_codes", "quantize"}
