@@ -2,7 +2,7 @@
 """Settings of the causal backbone: what they are, that they come back, and what is refused."""
 
 import pytest
-from configuration_tests import ConfigurationTests
+from test_configuration_backbone import ConfigurationTests
 
 from mar_hf import ARConfig
 

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from backbone_tests import NULL, BackboneTests, count_head_parameters, count_layer_parameters, linear
+from test_modeling_backbone import NULL, BackboneTests, count_head_parameters, count_layer_parameters, linear
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -323,7 +323,28 @@ def test_a_condition_depends_on_where_the_tokens_before_stand(position_type):
     assert ((found - expected)[:, 2:].abs().amax(-1) > 1e-3).all()
 
 
-# Rotary positions
+# Positions
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("counts", [ONES, [3, 1, 5, 2, 5]], ids=["one", "several"])
+def test_a_slot_is_told_what_it_holds_and_which_position_comes(counts):
+    model, (tokens, orders, labels) = several(), inputs()
+    seen, part = [], model.model
+    part.token_norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    part(tokens, orders, counts, labels)
+    contents, targets, _ = build_slots(counts, 2)
+    for picture, order in enumerate(orders):
+        for slot, (held, asked) in enumerate(zip(contents, targets)):
+            if held == CLASS:
+                expected = part.class_embedding.weight[labels[picture]] + part.class_position_embedding[0, slot]
+            elif held == BLANK:
+                expected = part.blank_token[0, 0]
+            else:
+                expected = part.token_proj(tokens[picture, order[held]]) + part.position_embedding[0, order[held]]
+            if asked != NOTHING:
+                expected = expected + part.target_position_embedding[0, order[asked]]
+            torch.testing.assert_close(seen[0][picture, slot], expected)
 
 
 @pytest.fixture
@@ -530,6 +551,14 @@ def test_a_loss_needs_all_tokens():
     model, (tokens, orders, _) = several(), inputs()
     with pytest.raises(ValueError, match=r"`tokens_per_step` has to cover all tokens for a loss, got \[3, 1\]"):
         model(tokens, orders=orders, tokens_per_step=[3, 1], noise_scheduler=TokenDDPMScheduler())
+
+
+def test_a_cache_that_holds_all_steps():
+    model, (tokens, orders, labels) = tiny_model("ar"), inputs()
+    cache = model.make_cache(ONES)
+    model.predict(tokens, orders, [1, 1], labels, cache)
+    with pytest.raises(ValueError, match=r"`past_key_values` has to leave a step of \[1, 1\] to compute"):
+        model.predict(tokens, orders, [1, 1], labels, cache)
 
 
 def test_flash_attention_takes_no_mask():

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from backbone_tests import BackboneTests, count_head_parameters, count_layer_parameters, linear
+from test_modeling_backbone import BackboneTests, count_head_parameters, count_layer_parameters, linear
 
 from common import relative_error, seeded, tiny_model
 from mar_hf import MARConfig, MARForImageGeneration, MARModel

@@ -124,7 +124,8 @@ class ARModel(ARPreTrainedModel):
             that were computed, where there are fewer.
 
         Raises:
-            ValueError: if a shape, the number of generators or the tokens per step do not fit.
+            ValueError: if a shape, the number of generators or the tokens per step do not fit, or the cache holds all
+                steps already.
         """
         config = self.config
         self.check_inputs(tokens, None, class_labels)
@@ -136,6 +137,8 @@ class ARModel(ARPreTrainedModel):
         contents, targets, steps = build_slots(tokens_per_step, config.num_class_tokens)
         # Slots that are in the cache need not be computed again.
         first = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if first >= len(contents):
+            raise ValueError(f"`past_key_values` has to leave a step of {tokens_per_step} to compute, but holds all.")
         attention_mask, is_causal = self._build_mask(steps, first, tokens, past_key_values)
         contents, targets = contents[first:], targets[first:]
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every backbone's configuration: presets, fields that come back, what is refused."""
+"""What holds for every backbone's configuration, for their own tests to inherit; and the table of backbones."""
 
 import dataclasses
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
+
+from mar_hf.models import BACKBONES, BackboneConfig
 
 
 CHANGED = {
@@ -126,3 +128,11 @@ class ConfigurationTests:
     )
     def test_values_out_of_range(self, settings, message):
         self.refuse(settings, message)
+
+
+def test_the_table_of_backbones_is_what_the_auto_classes_know():
+    assert BACKBONES.keys() == {"mar_hf_mar", "mar_hf_ar"}
+    for name, (config_class, model_class, whole_class) in BACKBONES.items():
+        assert issubclass(config_class, BackboneConfig) and config_class.model_type == name
+        assert type(AutoConfig.for_model(name)) is config_class
+        assert model_class.config_class is whole_class.config_class is config_class
