@@ -71,8 +71,8 @@ def source_digest(dataset: Dataset, root: str) -> str:
 
 def tokenizer_digest(tokenizer: ImageTokenizer) -> str:
     """Digest of settings and weights."""
-    config = tokenizer.config
-    settings = [config.autoencoder, config.patch_size, config.normalizer, config.shift_factor, config.scaling_factor]
+    names = ("autoencoder", "patch_size", "normalizer", "shift_factor", "scaling_factor", "quantize")
+    settings = [getattr(tokenizer.config, name) for name in names]
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
     for name, tensor in sorted(tokenizer.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -205,7 +205,7 @@ def load_tokenizer(args: Arguments, dataset: torch.utils.data.Dataset, weights: 
         config = ImageTokenizerConfig.from_pretrained(source[0], subfolder=source[1])
         own = pathlib.Path(args.train_data_dir, "tokenizer")
         # One with other statistics would train as quietly, on other tokens.
-        names = ("autoencoder", "patch_size", "normalizer", "shift_factor", "scaling_factor")
+        names = ("autoencoder", "patch_size", "normalizer", "shift_factor", "scaling_factor", "quantize")
         found = ImageTokenizerConfig.from_pretrained(own) if own.is_dir() else config
         if any(getattr(found, name) != getattr(config, name) for name in names):
             raise ValueError(f"`train_data_dir` {args.train_data_dir!r} holds latents of another tokenizer.")
