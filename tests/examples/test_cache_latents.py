@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -327,3 +327,11 @@ def test_the_index_says_what_the_latents_are(whole):
     index = json.loads((whole / "index.json").read_text())
     assert index["scaling_factor"] == [0.5, 2.0] and index["resolution"] == SIZE and index["dtype"] == "float32"
     assert index["tensors"] == ["mean", "std", "mean_flipped", "std_flipped"]
+
+
+def test_tokens_of_a_codebook_are_not_those_before_it():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        autoencoder = VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=2, num_vq_embeddings=4)
+    plain, quantised = (ImageTokenizer.from_autoencoder(autoencoder, quantize=value) for value in (False, True))
+    assert cache_latents.tokenizer_digest(plain) != cache_latents.tokenizer_digest(quantised)
