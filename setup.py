@@ -11,7 +11,7 @@ README = ROOT / "README.md"
 
 INSTALL = [
     "torch",
-    "transformers>=5,<6",
+    "transformers>=5.20,<6",
     # The two libraries dropped Python 3.10 on the way; pip finds a matching transformers 5 by itself.
     "diffusers>=0.42; python_version >= '3.11'",
     "diffusers>=0.41,<0.42; python_version < '3.11'",

@@ -362,9 +362,9 @@ class Trainer:
             self.tokenizer.to(accelerator.device)
         model = build_model(args, self.tokenizer, self.names)
         self.model_class, self.config, self.bare_model = type(model), model.config, model
-        # Also finds out now, not at the first validation, whether the tokenizer of cached latents is there.
-        whole = load_tokenizer(args, self.dataset, weights=True) if self.from_latents else self.tokenizer
-        model.head.set_tokenizer(whole)
+        needs_weights = self.from_latents and model.head.uses_codebook
+        tokenizer = load_tokenizer(args, self.dataset, weights=True) if needs_weights else self.tokenizer
+        model.head.set_tokenizer(tokenizer)
         self.generation_defaults = self.build_generation_defaults()
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable()

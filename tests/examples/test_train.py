@@ -11,12 +11,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from diffusers import VQModel
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (the default tracker has to be installed)
 
 from example_runs import SIZES, forget_accelerate
-from mar_hf import ARForImageGeneration, MARConfig, MARPipeline
+from mar_hf import ARForImageGeneration, ImageTokenizer, MARConfig, MARPipeline
 from mar_hf.models import BACKBONES
 from snippets import ROOT
 
@@ -207,6 +208,28 @@ def test_training_from_cached_latents_equals_training_from_pictures(trained, pic
         run(tmp_path / "cache", tmp_path / "wrong")
     with pytest.raises(ValueError, match="`random_shift` 1 does not go with cached latents"):
         run(tmp_path / "cache", tmp_path / "wrong", random_shift=1)
+
+
+def test_a_categorical_head_gets_its_codebook_from_cached_latents_too(pictures, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        autoencoder = VQModel(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            num_vq_embeddings=16,
+        )
+    tokenizer = ImageTokenizer.from_autoencoder(autoencoder, quantize=True)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    words = {"train_data_dir": pictures, "pretrained_tokenizer": str(tmp_path / "tokenizer"), "resolution": 8}
+    cache_latents.main(cache_latents.Arguments(output_dir=str(tmp_path / "cache"), **words))
+    head = {"head_type": "categorical", "head_config": {"num_codes": 16}}
+    folder = run(tmp_path / "cache", tmp_path / "run", model_config=json.dumps({**SIZES, **head}))
+    pipe = MARPipeline.from_pretrained(folder / "pipeline")
+    assert torch.equal(pipe.transformer.head.codebook, tokenizer.codebook)
+    tokens = pipe.vae.patchify(pipe(class_labels=["cat"], output_type="latent").images)[0]
+    assert torch.cdist(tokens, tokenizer.codebook).min(1).values.max() < 1e-4
 
 
 def test_fine_tuning_keeps_the_model_and_the_classes_of_the_same_name(trained, tmp_path):

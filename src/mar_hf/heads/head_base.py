@@ -85,6 +85,8 @@ class TokenHead(nn.Module, ABC):
 
     # What a pipeline takes for settings that neither its checkpoint nor the caller names.
     sampling_defaults: dict[str, object] = {}
+    # Whether `set_tokenizer` reads the tokenizer's weights.
+    uses_codebook: bool = False
 
     def set_tokenizer(self, tokenizer: ImageTokenizer) -> None:
         """Take over what the head has to know of the tokens, before training. Most heads need nothing.

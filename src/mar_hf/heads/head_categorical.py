@@ -55,6 +55,7 @@ class CategoricalHead(TokenHead):
     """
 
     sampling_defaults = {"num_diffusion_steps": 1}
+    uses_codebook = True
 
     def __init__(
         self,
