@@ -412,7 +412,8 @@ def markdown(comparison: dict[str, Any], table: dict[str, dict[str, str]], with_
 
 def label(cells: dict[str, str]) -> str:
     """A row's name in plots."""
-    return ", ".join(cells.values()).replace("bidirectional", "bidir.").replace(", diffusion", "")
+    short = {"cross-entropy": "CE", "bidirectional": "bidir.", "4 on average": "4"}
+    return " ".join(short.get(text, text) for text in cells.values())
 
 
 def draw_bars(comparison: dict[str, Any], table: dict[str, dict[str, str]], path: pathlib.Path) -> None:
