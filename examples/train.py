@@ -252,7 +252,10 @@ def fine_tuned_model(args: Arguments, settings: dict, names: list[str] | None) -
     index = MARPipeline.load_config(source)
     classes = {model_class.__name__: model_class for _, _, model_class in BACKBONES.values()}
     model_class = look_up(classes, index["transformer"][1], "transformer")
-    model = model_class.from_pretrained(source, subfolder="transformer", dtype=torch.float32, **settings)
+    config = model_class.config_class.from_pretrained(source, subfolder="transformer")
+    # Made anew, so that changed settings are checked.
+    config = type(config).from_dict({**config.to_dict(), **settings})
+    model = model_class.from_pretrained(source, subfolder="transformer", dtype=torch.float32, config=config)
     old = {name: int(number) for number, name in (index.get("id2label") or {}).items()}
     num_classes = len(names) if names else 1
     same = not names or not old or all(old.get(name) == number for number, name in enumerate(names))
@@ -418,9 +421,12 @@ class Trainer:
             defaults = json.loads(args.generation_defaults)
         elif args.pretrained_model_name_or_path is not None:
             defaults = MARPipeline.load_config(args.pretrained_model_name_or_path)["generation_defaults"] or {}
+            if "order" in json.loads(args.model_config):
+                defaults.pop("generation_order", None)
         else:
             defaults = {"num_inference_steps": 32, "num_diffusion_steps": 50, "guidance_scale": 3.0}
-            defaults |= model.sampling_defaults
+            # What follows from the model need not be saved.
+            defaults = {name: value for name, value in defaults.items() if name not in model.sampling_defaults}
         if "num_inference_steps" in defaults:
             defaults["num_inference_steps"] = min(defaults["num_inference_steps"], self.config.num_tokens)
             settings = {"token_schedule": "cosine", **model.sampling_defaults, **defaults}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Offloading of weights: on a GPU where there is one, else from the CPU to the CPU with the same hooks."""
 
+import accelerate
 import accelerate.hooks
 import pytest
 import torch
@@ -107,3 +108,21 @@ def test_device_map(pipe, tmp_path):
     placed.set_progress_bar_config(disable=True)
     assert placed.hf_device_map is not None
     assert_close(generate(placed), expected)
+
+
+@pytest.mark.parametrize("backbone", ["mar", "ar"])
+def test_weights_that_come_when_called_need_no_class(backbone):
+    pipe = tiny_pipeline(backbone=backbone)
+    expected = pipe(generator=seeds(0), output_type="pt").images
+    accelerate.cpu_offload(pipe.transformer, execution_device="cpu")
+    assert torch.equal(pipe(generator=seeds(0), output_type="pt").images, expected)
+
+
+@pytest.mark.parametrize("backbone", ["mar", "ar"])
+def test_a_compiled_transformer_is_the_one_that_runs(backbone):
+    pipe, graphs = tiny_pipeline(backbone=backbone), []
+    expected = pipe(class_labels=[1], generator=seeds(0), output_type="pt").images
+    torch.compiler.reset()
+    pipe.transformer = torch.compile(pipe.transformer, backend=lambda graph, _: graphs.append(1) or graph)
+    assert torch.equal(pipe(class_labels=[1], generator=seeds(0), output_type="pt").images, expected) and graphs
+    torch.compiler.reset()

@@ -139,7 +139,7 @@ class CategoricalHead(TokenHead):
         top_k, top_p = head_kwargs.get("top_k"), head_kwargs.get("top_p")
         if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= self.num_codes):
             raise ValueError(f"`top_k` has to be a whole number from 1 to {self.num_codes}, got {top_k}.")
-        if top_p is not None and not 0 < top_p <= 1:
+        if top_p is not None and not (isinstance(top_p, (int, float)) and 0 < top_p <= 1):
             raise ValueError(f"`top_p` has to lie in (0, 1], got {top_p}.")
         if not temperature >= 0:
             raise ValueError(f"`temperature` has to be at least 0, got {temperature}.")

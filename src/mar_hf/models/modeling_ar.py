@@ -59,6 +59,19 @@ class ARPreTrainedModel(BackbonePreTrainedModel):
     config_class = ARConfig
     config: ARConfig
 
+    def check_orders(self, orders: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Refuse orders of a wrong shape. Whether they are permutations, only the device knows.
+
+        Args:
+            orders (`torch.Tensor`): as `forward` takes them.
+            tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): likewise.
+
+        Raises:
+            ValueError: if the shapes do not fit.
+        """
+        if orders.shape != tokens.shape[:2]:
+            raise ValueError(f"`orders` has to be of shape {tuple(tokens.shape[:2])}, got {tuple(orders.shape)}.")
+
 
 class ARModel(ARPreTrainedModel):
     """The causal transformer of arXiv:2406.11838, section 3.3, for any order: a condition for each token out.
@@ -130,8 +143,7 @@ class ARModel(ARPreTrainedModel):
         config = self.config
         self.check_inputs(tokens, None, class_labels)
         check_generator(generator, len(tokens))
-        if orders.shape != tokens.shape[:2]:
-            raise ValueError(f"`orders` has to be of shape {tuple(tokens.shape[:2])}, got {tuple(orders.shape)}.")
+        self.check_orders(orders, tokens)
         tokens_per_step = [1] * config.num_tokens if tokens_per_step is None else tokens_per_step
         self.check_tokens_per_step(tokens_per_step)
         contents, targets, steps = build_slots(tokens_per_step, config.num_class_tokens)
@@ -212,7 +224,7 @@ class ARModel(ARPreTrainedModel):
             embedding = torch.where((held == BLANK)[:, None], self.blank_token, embedding)
         if num_class_slots == 0:
             return embedding
-        prefix = self.embed_class(class_labels, len(tokens), generator)[:, None] + self.class_position_embedding
+        prefix = self.embed_class(class_labels, tokens, generator)[:, None] + self.class_position_embedding
         return torch.cat([prefix, embedding], dim=1)
 
     def _build_mask(
@@ -311,7 +323,7 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
 
         Args:
             tokens_per_step (`list[int]`): tokens of all steps.
-            static (`bool`, *optional*, defaults to `False`): of a fixed size from the start, for `torch.compile`.
+            static (`bool`, *optional*, defaults to `False`): of a fixed size from the start.
 
         Returns:
             `Cache`: empty.
@@ -407,6 +419,7 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
         elif orders is None:
             orders = self.draw_orders(len(tokens), generator)
         orders = orders.to(tokens.device)
+        self.check_orders(orders, tokens)
         if mask is not None:
             # A stable sort of False before True.
             orders = orders.gather(1, mask.gather(1, orders).to(torch.uint8).argsort(dim=1, stable=True))

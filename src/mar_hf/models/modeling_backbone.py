@@ -219,20 +219,21 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     def embed_class(
         self,
         class_labels: torch.Tensor | None,
-        batch_size: int,
+        tokens: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
         """Class embeddings, with the null class for None and, in training, for a share of the labels.
 
         Args:
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None means the null class.
-            batch_size (`int`): images.
+            tokens (`torch.Tensor` of shape `(batch, ...)`): for the number of images and the device.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the class dropout of training.
 
         Returns:
             `torch.Tensor` of shape `(batch, hidden_size)`.
         """
-        null_class, device = self.config.num_classes, self.class_embedding.weight.device
+        # Not the embedding's device: weights that are loaded when they are called for wait on "meta".
+        null_class, batch_size, device = self.config.num_classes, len(tokens), tokens.device
         if class_labels is None:
             return self.class_embedding(torch.full((batch_size,), null_class, device=device))
         if self.training and self.config.class_dropout_prob > 0:

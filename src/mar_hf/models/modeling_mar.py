@@ -103,7 +103,7 @@ class MARModel(MARPreTrainedModel):
         visible = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, : num_tokens - num_masked]
 
         # (B, P + L, D), then only class tokens and visible positions: (B, P + V, D)
-        embedding = self.embed_class(class_labels, len(tokens), generator)
+        embedding = self.embed_class(class_labels, tokens, generator)
         hidden_states = self.token_proj(tokens.to(self.token_proj.weight.dtype))
         hidden_states = torch.cat([embedding[:, None].expand(-1, num_prefix, -1), hidden_states], dim=1)
         hidden_states = self.token_norm(hidden_states + self.encoder_position_embedding)

@@ -21,7 +21,6 @@ from ..generation import (
 )
 from ..hub import build_model_card
 from ..models import ARForImageGeneration, MARForImageGeneration, add_context_noise
-from ..schedulers import TokenDDPMScheduler
 from ..tokenizers import ImageTokenizer
 
 
@@ -115,13 +114,17 @@ class MARPipeline(DiffusionPipeline):
     def generation_defaults(self) -> dict[str, Any]:
         """What `__call__` uses where an argument is None: saved with the pipeline, or following from its model.
 
-        Without either it is `GENERATION_DEFAULTS` with at most one step per token. A saved temperature is
-        [`TokenDDPMScheduler`]'s: with another scheduler, which has none, the default is 1.0.
+        Without either it is `GENERATION_DEFAULTS` with at most one step per token. Where the head can't use the saved
+        temperature with the scheduler that is set, as with most of diffusers', the default is 1.0.
         """
         steps = min(GENERATION_DEFAULTS["num_inference_steps"], self.transformer.config.num_tokens)
         defaults = {**GENERATION_DEFAULTS, "num_inference_steps": steps, **self.transformer.sampling_defaults}
         defaults |= self.config.generation_defaults or {}
-        return defaults if isinstance(self.scheduler, TokenDDPMScheduler) else {**defaults, "temperature": 1.0}
+        try:
+            self.transformer.head.check_scheduler(self.scheduler, defaults["temperature"])
+        except ValueError:
+            defaults["temperature"] = 1.0
+        return defaults
 
     @property
     def guidance_scale(self) -> float:
@@ -197,7 +200,7 @@ class MARPipeline(DiffusionPipeline):
         level = settings["context_noise"]
         if not isinstance(level, (int, float)) or not 0 <= level <= 1:
             raise ValueError(f"`context_noise` has to lie in [0, 1], got {level!r}.")
-        head_kwargs = settings["head_kwargs"] or {}
+        head_kwargs = {} if settings["head_kwargs"] is None else settings["head_kwargs"]
         if not isinstance(head_kwargs, dict):
             raise ValueError(f"`head_kwargs` has to be a dict, got {head_kwargs!r}.")
         self.transformer.head.check_scheduler(self.scheduler, settings["temperature"], **head_kwargs)
@@ -451,12 +454,14 @@ class MARPipeline(DiffusionPipeline):
                 mask = mask.scatter(1, positions, False)
                 done += count
                 if callback_on_step_end is not None:
+                    before = tokens.clone()
                     latents = self.vae.unpatchify(tokens, config.grid_height)
                     available = {"latents": latents, "mask": mask}
                     kwargs = {name: available[name] for name in callback_on_step_end_tensor_inputs}
                     returned = callback_on_step_end(self, step, done, kwargs) or {}
                     if "latents" in returned:
-                        tokens, cache = self.vae.patchify(returned["latents"]).to(tokens), None
+                        tokens = self.vae.patchify(returned["latents"]).to(tokens)
+                        cache = cache if torch.equal(tokens, before) else None
                 progress_bar.update()
 
         # 5. Decode
@@ -489,7 +494,9 @@ class MARPipeline(DiffusionPipeline):
         if guided:
             null = torch.full_like(labels, self.transformer.config.num_classes)
             tokens, orders, labels = torch.cat([tokens] * 2), torch.cat([orders] * 2), torch.cat([labels, null])
-        condition = self.transformer.predict(tokens, orders, tokens_per_step, labels, cache)
+        # A wrapper of torch.compile passes methods on to the module inside, which would run as it is.
+        predict = type(getattr(self.transformer, "_orig_mod", self.transformer)).predict
+        condition = predict(self.transformer, tokens, orders, tokens_per_step, labels, cache)
         return tuple(condition.chunk(2)) if guided else (condition, None)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
