@@ -22,6 +22,10 @@ CHANGED = {
     "attention_dropout": 0,
     "hidden_dropout": 0.2,
     "class_dropout_prob": 1,
+    "text_dim": 11,
+    "num_text_tokens": 12,
+    "text_aligner_layers": 0,
+    "text_dropout_prob": 0.4,
     "layer_norm_eps": 1e-5,
     "initializer_range": 0.01,
     "order": "spiral",
@@ -107,7 +111,7 @@ class ConfigurationTests:
             self.config_class(**settings)
 
     def test_sizes_are_positive(self):
-        assert {"grid_height", "token_dim", "num_classes", "num_class_tokens"} < set(self.config_class.positive)
+        assert {"grid_height", "token_dim", "num_text_tokens", "num_class_tokens"} < set(self.config_class.positive)
         for name in self.config_class.positive:
             for value in (0, -8):
                 # 0 of what may be left open means that it is.
@@ -121,6 +125,10 @@ class ConfigurationTests:
             ({"attention_dropout": -0.1}, r"`attention_dropout` has to lie in \[0, 1\], got -0.1"),
             ({"hidden_dropout": 1.5}, r"`hidden_dropout` has to lie in \[0, 1\], got 1.5"),
             ({"class_dropout_prob": 2}, r"`class_dropout_prob` has to lie in \[0, 1\], got 2"),
+            ({"text_dropout_prob": 1.1}, r"`text_dropout_prob` has to lie in \[0, 1\], got 1.1"),
+            ({"text_dim": 0}, "`text_dim` has to be at least 1 or None, got 0"),
+            ({"text_aligner_layers": -1}, "`text_aligner_layers` has to be at least 0, got -1"),
+            ({"num_classes": -1}, "`num_classes` has to be at least 0, got -1"),
             ({"context_noise": 1.1}, r"`context_noise` has to lie in \[0, 1\], got 1.1"),
             ({"order": "diagonal"}, r"`order` has to be one of \['checkerboard', .*'zigzag'\], got 'diagonal'"),
             ({"head_type": "flow"}, r"`head_type` has to be one of \['categorical', 'diffusion'.*\], got 'flow'"),

@@ -28,7 +28,8 @@ class BackboneConfig(PreTrainedConfig):
         grid_height (`int`, *optional*, defaults to 16): rows of the token grid.
         grid_width (`int`, *optional*, defaults to 16): columns of the token grid.
         token_dim (`int`, *optional*, defaults to 16): numbers in a token.
-        num_classes (`int`, *optional*, defaults to 1000): classes; the embedding has one row more, the null class.
+        num_classes (`int`, *optional*, defaults to 1000): classes, 0 for a model that knows none; the embedding has
+            one row more, the null class.
         num_class_tokens (`int`, *optional*, defaults to 64): copies of the class embedding before the sequence.
         hidden_size (`int`, *optional*, defaults to 768): width.
         num_attention_heads (`int`, *optional*, defaults to 12): attention heads.
@@ -37,6 +38,12 @@ class BackboneConfig(PreTrainedConfig):
         hidden_dropout (`float`, *optional*, defaults to 0.1): dropout after the attention's projection and in the MLP.
         class_dropout_prob (`float`, *optional*, defaults to 0.1): share of labels replaced by the null class in
             training.
+        text_dim (`int`, *optional*): width of the text encoder's states, which every block attends to; None: the model
+            takes no texts.
+        num_text_tokens (`int`, *optional*, defaults to 128): longest text.
+        text_aligner_layers (`int`, *optional*, defaults to 6): blocks between the text encoder and the model.
+        text_dropout_prob (`float`, *optional*, defaults to 0.1): share of texts replaced by the null text in training;
+            half of them lose their class as well.
         layer_norm_eps (`float`, *optional*, defaults to 1e-06): of every layer norm.
         initializer_range (`float`, *optional*, defaults to 0.02): deviation of embeddings at initialisation.
         order (`str`, *optional*, defaults to `"random"`): the order of tokens that is trained, a name in
@@ -57,11 +64,11 @@ class BackboneConfig(PreTrainedConfig):
         "grid_height",
         "grid_width",
         "token_dim",
-        "num_classes",
         "num_class_tokens",
         "hidden_size",
         "num_attention_heads",
         "head_batch_multiplier",
+        "num_text_tokens",
     )
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -76,6 +83,10 @@ class BackboneConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.1
     hidden_dropout: float | int = 0.1
     class_dropout_prob: float | int = 0.1
+    text_dim: int | None = None
+    num_text_tokens: int = 128
+    text_aligner_layers: int = 6
+    text_dropout_prob: float | int = 0.1
     layer_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     order: str = "random"
@@ -88,7 +99,13 @@ class BackboneConfig(PreTrainedConfig):
         for name in self.positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
-        for name in ("attention_dropout", "hidden_dropout", "class_dropout_prob", "context_noise"):
+        for name in ("num_classes", "text_aligner_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` has to be at least 0, got {getattr(self, name)}.")
+        if self.text_dim is not None and self.text_dim < 1:
+            raise ValueError(f"`text_dim` has to be at least 1 or None, got {self.text_dim}.")
+        shares = ("attention_dropout", "hidden_dropout", "class_dropout_prob", "text_dropout_prob", "context_noise")
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` has to lie in [0, 1], got {getattr(self, name)}.")
         self.check_heads("hidden_size", "num_attention_heads")

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
 
+from ..conditioning import TextAligner, TextContext
 from ..generation import sample_tokens_per_step
+from ..layers import BackboneLayer
 from ..utils import check_generator
 from .configuration_ar import ARConfig
-from .modeling_backbone import BackboneLayer, BackbonePreTrainedModel, TokenHeadMixin
+from .modeling_backbone import BackbonePreTrainedModel, TokenHeadMixin
 from .modeling_outputs import BackboneOutput
 
 
@@ -90,6 +92,9 @@ class ARModel(ARPreTrainedModel):
     def __init__(self, config: ARConfig):
         super().__init__(config)
         width, length = config.hidden_size, config.num_tokens
+        context_dim = None if config.text_dim is None else width
+        if config.text_dim is not None:
+            self.text_aligner = TextAligner(config)
         self.class_embedding = nn.Embedding(config.num_classes + 1, width)
         self.class_position_embedding = nn.Parameter(torch.zeros(1, config.num_class_tokens, width))
         self.token_proj = nn.Linear(config.token_dim, width)
@@ -100,7 +105,10 @@ class ARModel(ARPreTrainedModel):
             self.position_embedding = nn.Parameter(torch.zeros(1, length, width))
             self.target_position_embedding = nn.Parameter(torch.zeros(1, length, width))
         self.layers = nn.ModuleList(
-            [BackboneLayer(config, width, config.num_attention_heads, index) for index in range(config.num_layers)]
+            [
+                BackboneLayer(config, width, config.num_attention_heads, index, context_dim)
+                for index in range(config.num_layers)
+            ]
         )
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.condition_position_embedding = nn.Parameter(torch.zeros(1, length, width))
@@ -113,6 +121,9 @@ class ARModel(ARPreTrainedModel):
         tokens_per_step: list[int] | None = None,
         class_labels: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        text_context: TextContext | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool | None = None,
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
@@ -127,8 +138,13 @@ class ARModel(ARPreTrainedModel):
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None means the null class.
             past_key_values (`Cache`, *optional*): keys and values of earlier steps with the same tokens, orders and
                 steps; those of the others are added. None computes all steps.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the class dropout of training:
-                one, or one per image; None means torch's global one.
+            prompt_embeds (`torch.Tensor` of shape `(batch, length, text_dim)`, *optional*): the text encoder's states,
+                for models with a `text_dim`; None means the null text.
+            prompt_attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): True or 1 for tokens, False
+                or 0 for padding; a row without tokens is the null text. None: all are tokens.
+            text_context ([`TextContext`], *optional*): in place of the two: keeps what is computed from the texts.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the text and class dropout of
+                training: one, or one per image; None means torch's global one.
             return_dict (`bool`, *optional*): False gives a tuple.
 
         Returns:
@@ -154,7 +170,9 @@ class ARModel(ARPreTrainedModel):
         attention_mask, is_causal = self._build_mask(steps, first, tokens, past_key_values)
         contents, targets = contents[first:], targets[first:]
 
-        hidden_states = self._embed_slots(tokens, orders, class_labels, contents, generator)
+        text = (prompt_embeds, prompt_attention_mask, text_context)
+        contexts, dropped = self.read_text(list(self.layers), tokens, *text, generator)
+        hidden_states = self._embed_slots(tokens, orders, class_labels, contents, generator, dropped)
         asked = torch.tensor(targets, device=tokens.device)
         # (B, S): the position that is predicted from each slot; any where none is
         target_positions = orders[:, asked.clamp(min=0)]
@@ -166,9 +184,10 @@ class ARModel(ARPreTrainedModel):
             held = torch.tensor(contents, device=tokens.device)
             rotary = self._build_rotary(orders, held, asked)
         hidden_states = self.token_norm(hidden_states)
-        for layer in self.layers:
+        for layer, context in zip(self.layers, contexts, strict=True):
             hidden_states = layer(
                 hidden_states,
+                context=context,
                 attention_mask=attention_mask,
                 is_causal=is_causal,
                 rotary=rotary,
@@ -211,6 +230,7 @@ class ARModel(ARPreTrainedModel):
         class_labels: torch.Tensor | None,
         contents: list[int],
         generator: torch.Generator | list[torch.Generator] | None,
+        dropped: torch.Tensor | None,
     ) -> torch.Tensor:
         """What the slots hold and where that stands in the picture: (B, S, D)."""
         num_class_slots = contents.count(CLASS)
@@ -224,7 +244,7 @@ class ARModel(ARPreTrainedModel):
             embedding = torch.where((held == BLANK)[:, None], self.blank_token, embedding)
         if num_class_slots == 0:
             return embedding
-        prefix = self.embed_class(class_labels, tokens, generator)[:, None] + self.class_position_embedding
+        prefix = self.embed_class(class_labels, tokens, generator, dropped)[:, None] + self.class_position_embedding
         return torch.cat([prefix, embedding], dim=1)
 
     def _build_mask(
@@ -376,13 +396,16 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
         orders: torch.Tensor | None = None,
         tokens_per_step: list[int] | None = None,
         past_key_values: Cache | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        text_context: TextContext | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool | None = None,
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
         """Condition vectors, and the training loss where a noise scheduler is given.
 
         What is random and not given is drawn from `generator` in this order: tokens per step (where there may be
-        several), orders, context noise, class dropout, timesteps, noise. With one generator per image, what is drawn
+        several), orders, context noise, text dropout, class dropout, timesteps, noise. With one generator per image, what is drawn
         for an image does not depend on the others.
 
         Args:
@@ -400,6 +423,11 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
             tokens_per_step (`list[int]`, *optional*): tokens of each step up to the one wanted; None means one each.
                 In training it is drawn where neither it nor `orders` is given.
             past_key_values (`Cache`, *optional*): keys and values of earlier steps; see [`ARModel`].
+            prompt_embeds (`torch.Tensor` of shape `(batch, length, text_dim)`, *optional*): the text encoder's states,
+                for models with a `text_dim`; None means the null text.
+            prompt_attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): True or 1 for tokens, False
+                or 0 for padding; a row without tokens is the null text. None: all are tokens.
+            text_context ([`TextContext`], *optional*): in place of the two: keeps what is computed from the texts.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for what is drawn: one, or one per
                 image; None means torch's global one.
             return_dict (`bool`, *optional*): False gives a tuple.
@@ -424,7 +452,17 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
             # A stable sort of False before True.
             orders = orders.gather(1, mask.gather(1, orders).to(torch.uint8).argsort(dim=1, stable=True))
         context = self.draw_context(tokens, generator)
-        output = self.model(context, orders, tokens_per_step, class_labels, past_key_values, generator)
+        output = self.model(
+            context,
+            orders,
+            tokens_per_step,
+            class_labels,
+            past_key_values,
+            prompt_embeds,
+            prompt_attention_mask,
+            text_context,
+            generator,
+        )
         if noise_scheduler is not None:
             if output.condition.shape[1] != self.config.num_tokens:
                 raise ValueError(f"`tokens_per_step` has to cover all tokens for a loss, got {tokens_per_step}.")
@@ -442,6 +480,7 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
         tokens_per_step: list[int],
         class_labels: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        text_context: TextContext | None = None,
     ) -> torch.Tensor:
         """One autoregressive step: conditions of the next tokens.
 
@@ -452,6 +491,7 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
             tokens_per_step (`list[int]`): tokens of the steps so far, this one included.
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None means the null class.
             past_key_values (`Cache`, *optional*): from `make_cache`: then only what is not in it is computed.
+            text_context ([`TextContext`], *optional*): the texts; the same object in all steps.
 
         Returns:
             `torch.Tensor` of shape `(batch, tokens_per_step[-1], hidden_size)`: in the order of generation.
@@ -462,6 +502,7 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
             orders=orders,
             tokens_per_step=tokens_per_step,
             past_key_values=past_key_values,
+            text_context=text_context,
         )
         condition, count, done = output.condition, tokens_per_step[-1], sum(tokens_per_step)
         if condition.shape[1] == self.config.num_tokens:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all backbones share: attention, MLP, class embedding, first weights, the head on top."""
+"""What all backbones share: class embedding, texts, first weights, the head on top."""
 
 from typing import Any
 
@@ -7,179 +7,15 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..conditioning import TextContext
 from ..generation import GENERATION_ORDERS
 from ..heads import TOKEN_HEADS
+from ..layers import BackboneLayer, ContextAttention
 from ..loading import StrictLoadingMixin
 from ..utils import draw
 from .configuration_backbone import BackboneConfig
 from .modeling_outputs import BackboneOutput
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: object,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, for `attn_implementation="eager"`.
-
-    Args:
-        module (`torch.nn.Module`): the attention module, for its training mode.
-        query (`torch.Tensor` of shape `(batch, heads, length, head_dim)`): queries.
-        key (`torch.Tensor` of shape `(batch, heads, key_length, head_dim)`): keys.
-        value (`torch.Tensor` of the keys' shape): values.
-        attention_mask (`torch.Tensor`, *optional*): added to the scores.
-        scaling (`float`): multiplies the scores.
-        dropout (`float`, *optional*, defaults to 0.0): of the probabilities.
-        kwargs (`object`): of other implementations; not needed here.
-
-    Returns:
-        two `torch.Tensor`: output of shape `(batch, length, heads, head_dim)`, probabilities `(batch, heads, length,
-        key_length)`.
-    """
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    dropped = nn.functional.dropout(probabilities, p=dropout, training=module.training)
-    return (dropped @ value).transpose(1, 2).contiguous(), probabilities
-
-
-class BackboneAttention(nn.Module):
-    """Multi-head self-attention, with rotary positions and a cache where they are given.
-
-    Args:
-        config ([`BackboneConfig`]): for dropout and implementation.
-        hidden_size (`int`): width.
-        num_heads (`int`): attention heads.
-        layer_index (`int`, *optional*, defaults to 0): place in the cache.
-    """
-
-    def __init__(self, config: BackboneConfig, hidden_size: int, num_heads: int, layer_index: int = 0):
-        super().__init__()
-        self.config = config
-        self.num_heads = num_heads
-        self.layer_index = layer_index
-        self.scaling = (hidden_size // num_heads) ** -0.5
-        self.is_causal = False
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
-    ) -> torch.Tensor:
-        """Attend.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`): input.
-            attention_mask (`torch.Tensor` of shape `(1, 1, length, key_length)`, *optional*): added to the scores.
-            is_causal (`bool`, *optional*, defaults to `False`): nothing sees what comes after it; without a mask.
-            rotary (two `torch.Tensor`, *optional*): how to `rotate` queries and keys.
-            past_key_values (`Cache`, *optional*): takes keys and values in and gives all that it holds.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, length, hidden_size)`.
-        """
-        batch, length, width = hidden_states.shape
-        # (B, N, 3D) -> 3 x (B, heads, N, head_dim)
-        qkv = self.qkv(hidden_states).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if rotary is not None:
-            query, key = (rotate(states, turn) for states, turn in zip((query, key), rotary, strict=True))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_index)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        output, _ = attend(
-            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, is_causal=is_causal
-        )
-        return self.proj(output.reshape(batch, length, width))
-
-
-def rotate(states: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """Turn pairs of channels, the first half being their first members; in float32.
-
-    Args:
-        states (`torch.Tensor` of shape `(batch, heads, length, head_dim)`): queries or keys.
-        turn (`torch.Tensor` of shape `(2, batch, 1, length, head_dim / 2)`): cosines and sines.
-
-    Returns:
-        `torch.Tensor` of the shape and dtype of `states`.
-    """
-    (first, second), (cosine, sine) = states.float().chunk(2, dim=-1), turn
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).to(states.dtype)
-
-
-class BackboneMLP(nn.Module):
-    """Two linear layers with the exact GELU between them.
-
-    Args:
-        hidden_size (`int`): width.
-        intermediate_size (`int`): width between the layers.
-        dropout (`float`): after the GELU.
-    """
-
-    def __init__(self, hidden_size: int, intermediate_size: int, dropout: float):
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, intermediate_size)
-        self.fc2 = nn.Linear(intermediate_size, hidden_size)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Apply the layers.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(..., hidden_size)`): input.
-
-        Returns:
-            `torch.Tensor` of the same shape.
-        """
-        return self.fc2(self.dropout(nn.functional.gelu(self.fc1(hidden_states))))
-
-
-class BackboneLayer(GradientCheckpointingLayer):
-    """A pre-norm transformer block: what the layers of all backbones are.
-
-    Args:
-        config ([`BackboneConfig`]): for dropout and norms.
-        hidden_size (`int`): width.
-        num_heads (`int`): attention heads.
-        layer_index (`int`, *optional*, defaults to 0): place in the cache.
-    """
-
-    def __init__(self, config: BackboneConfig, hidden_size: int, num_heads: int, layer_index: int = 0):
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
-        self.attention = BackboneAttention(config, hidden_size, num_heads, layer_index)
-        self.mlp_norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
-        self.mlp = BackboneMLP(hidden_size, int(hidden_size * config.mlp_ratio), config.hidden_dropout)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def forward(self, hidden_states: torch.Tensor, **attention_inputs: Any) -> torch.Tensor:
-        """Apply the block.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`): input.
-            attention_inputs (`Any`): for [`BackboneAttention`].
-
-        Returns:
-            `torch.Tensor` of the same shape.
-        """
-        attended = self.attention(self.attention_norm(hidden_states), **attention_inputs)
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
 
 class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
@@ -212,6 +48,9 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=std)
+        elif isinstance(module, ContextAttention):
+            # After its layers: it starts as the identity, so that weights trained without a text stay what they are.
+            init.zeros_(module.proj.weight)
         else:  # the backbone's own: positions, mask tokens
             for _, parameter in module.named_parameters(recurse=False):
                 init.normal_(parameter, std=std)
@@ -221,6 +60,7 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
         class_labels: torch.Tensor | None,
         tokens: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        dropped: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Class embeddings, with the null class for None and, in training, for a share of the labels.
 
@@ -228,6 +68,7 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None means the null class.
             tokens (`torch.Tensor` of shape `(batch, ...)`): for the number of images and the device.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the class dropout of training.
+            dropped (`torch.Tensor` of shape `(batch,)`, *optional*): bool, True where the label does not count anyway.
 
         Returns:
             `torch.Tensor` of shape `(batch, hidden_size)`.
@@ -236,10 +77,94 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
         null_class, batch_size, device = self.config.num_classes, len(tokens), tokens.device
         if class_labels is None:
             return self.class_embedding(torch.full((batch_size,), null_class, device=device))
+        if dropped is not None:
+            class_labels = torch.where(dropped, null_class, class_labels)
         if self.training and self.config.class_dropout_prob > 0:
             dropped = draw(torch.rand, (batch_size,), generator, device) < self.config.class_dropout_prob
             class_labels = torch.where(dropped, null_class, class_labels)
         return self.class_embedding(class_labels)
+
+    def read_text(
+        self,
+        blocks: list[BackboneLayer],
+        tokens: torch.Tensor,
+        prompt_embeds: torch.Tensor | None,
+        prompt_attention_mask: torch.Tensor | None,
+        text_context: TextContext | None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None], torch.Tensor | None]:
+        """What each block attends to, with the null text for None and, in training, for a share of the texts.
+
+        Args:
+            blocks (`list[BackboneLayer]`): all blocks that attend to texts, always the same.
+            tokens (`torch.Tensor` of shape `(batch, ...)`): for the number of images and the device.
+            prompt_embeds (`torch.Tensor`, *optional*): as `forward` takes them.
+            prompt_attention_mask (`torch.Tensor`, *optional*): likewise.
+            text_context ([`TextContext`], *optional*): likewise.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the text dropout of training.
+
+        Returns:
+            a list with one entry a block, all None where the model takes no texts; and a bool `torch.Tensor` of shape
+            `(batch,)`, or None: True where the class is dropped with the text.
+
+        Raises:
+            ValueError: if the model takes no texts, or a shape does not fit.
+        """
+        config, batch_size, device = self.config, len(tokens), tokens.device
+        if config.text_dim is None:
+            if prompt_embeds is not None or text_context is not None:
+                raise ValueError("`prompt_embeds` needs a model that takes texts: its `text_dim` is None.")
+            return [None] * len(blocks), None
+        if text_context is not None:
+            if len(text_context.mask) != batch_size:
+                raise ValueError(f"`text_context` has to hold {batch_size} texts, got {len(text_context.mask)}.")
+            return text_context.read_by(self.text_aligner, blocks), None
+        if prompt_embeds is None:
+            prompt_embeds = torch.zeros(batch_size, 1, config.text_dim, device=device)
+            mask = torch.zeros(batch_size, 1, dtype=torch.bool, device=device)
+            return TextContext(prompt_embeds, mask).read_by(self.text_aligner, blocks), None
+        mask, dropped = self.check_text(prompt_embeds, prompt_attention_mask, batch_size), None
+        if self.training and config.text_dropout_prob > 0:
+            drawn = draw(torch.rand, (batch_size,), generator, device)
+            mask = mask & (drawn >= config.text_dropout_prob)[:, None]
+            # Guidance needs to have seen neither of the two.
+            dropped = drawn < config.text_dropout_prob / 2
+        return TextContext(prompt_embeds, mask).read_by(self.text_aligner, blocks), dropped
+
+    def check_text(
+        self, prompt_embeds: torch.Tensor, prompt_attention_mask: torch.Tensor | None, batch_size: int
+    ) -> torch.Tensor:
+        """Refuse texts of wrong shapes.
+
+        Args:
+            prompt_embeds (`torch.Tensor`): as `forward` takes them.
+            prompt_attention_mask (`torch.Tensor`, *optional*): likewise.
+            batch_size (`int`): images.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, length)`: the mask as bool; without one, every token counts.
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
+        limit, width = self.config.num_text_tokens, self.config.text_dim
+        if (
+            prompt_embeds.ndim != 3
+            or prompt_embeds.shape[::2] != (batch_size, width)
+            or not 1 <= prompt_embeds.shape[1] <= limit
+        ):
+            raise ValueError(
+                f"`prompt_embeds` has to be of shape ({batch_size}, 1..{limit}, {width}), got "
+                f"{tuple(prompt_embeds.shape)}."
+            )
+        if prompt_attention_mask is None:
+            return torch.ones(prompt_embeds.shape[:2], dtype=torch.bool, device=prompt_embeds.device)
+        if prompt_attention_mask.shape != prompt_embeds.shape[:2]:
+            raise ValueError(
+                f"`prompt_attention_mask` has to be of shape {tuple(prompt_embeds.shape[:2])}, got "
+                f"{tuple(prompt_attention_mask.shape)}."
+            )
+        return prompt_attention_mask.bool()
 
     def check_inputs(self, tokens: torch.Tensor, mask: torch.Tensor | None, class_labels: torch.Tensor | None) -> None:
         """Refuse wrong shapes.
@@ -309,7 +234,9 @@ class TokenHeadMixin:
     @property
     def sampling_defaults(self) -> dict[str, Any]:
         """What a pipeline does where neither its caller nor its checkpoint says otherwise."""
-        return {"generation_order": self.config.order, **self.head.sampling_defaults}
+        defaults = {"generation_order": self.config.order, **self.head.sampling_defaults}
+        # What is usual with texts (Fluid, arXiv:2410.13863, and those after it).
+        return defaults if self.config.text_dim is None else {**defaults, "guidance_schedule": "constant"}
 
     def make_cache(self, tokens_per_step: list[int], static: bool = False) -> Cache | None:
         """What `predict` keeps from step to step.

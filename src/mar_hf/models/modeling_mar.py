@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..conditioning import TextAligner, TextContext
 from ..generation import sample_mask, sample_num_masked
+from ..layers import BackboneLayer
 from ..utils import check_generator
 from .configuration_mar import MARConfig
-from .modeling_backbone import BackboneLayer, BackbonePreTrainedModel, TokenHeadMixin
+from .modeling_backbone import BackbonePreTrainedModel, TokenHeadMixin
 from .modeling_outputs import BackboneOutput
 
 
@@ -41,12 +43,18 @@ class MARModel(MARPreTrainedModel):
         super().__init__(config)
         width, decoder_width = config.hidden_size, config.decoder_hidden_size
         length = config.num_class_tokens + config.num_tokens
+        context_dim = None if config.text_dim is None else width
+        if config.text_dim is not None:
+            self.text_aligner = TextAligner(config)
         self.class_embedding = nn.Embedding(config.num_classes + 1, width)
         self.token_proj = nn.Linear(config.token_dim, width)
         self.token_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.encoder_position_embedding = nn.Parameter(torch.zeros(1, length, width))
         self.encoder_layers = nn.ModuleList(
-            [BackboneLayer(config, width, config.num_attention_heads) for _ in range(config.num_encoder_layers)]
+            [
+                BackboneLayer(config, width, config.num_attention_heads, context_dim=context_dim)
+                for _ in range(config.num_encoder_layers)
+            ]
         )
         self.encoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.decoder_proj = nn.Linear(width, decoder_width)
@@ -54,7 +62,7 @@ class MARModel(MARPreTrainedModel):
         self.decoder_position_embedding = nn.Parameter(torch.zeros(1, length, decoder_width))
         self.decoder_layers = nn.ModuleList(
             [
-                BackboneLayer(config, decoder_width, config.decoder_num_attention_heads)
+                BackboneLayer(config, decoder_width, config.decoder_num_attention_heads, context_dim=context_dim)
                 for _ in range(config.num_decoder_layers)
             ]
         )
@@ -68,6 +76,9 @@ class MARModel(MARPreTrainedModel):
         mask: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         num_masked: int | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        text_context: TextContext | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool | None = None,
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
@@ -80,8 +91,13 @@ class MARModel(MARPreTrainedModel):
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None means the null class.
             num_masked (`int`, *optional*): masked tokens in a row, where the caller knows it: saves counting them,
                 which waits for the device.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the class dropout of training:
-                one, or one per image; None means torch's global one.
+            prompt_embeds (`torch.Tensor` of shape `(batch, length, text_dim)`, *optional*): the text encoder's states,
+                for models with a `text_dim`; None means the null text.
+            prompt_attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): True or 1 for tokens, False
+                or 0 for padding; a row without tokens is the null text. None: all are tokens.
+            text_context ([`TextContext`], *optional*): in place of the two: keeps what is computed from the texts.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the text and class dropout of
+                training: one, or one per image; None means torch's global one.
             return_dict (`bool`, *optional*): False gives a tuple.
 
         Returns:
@@ -103,14 +119,17 @@ class MARModel(MARPreTrainedModel):
         visible = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, : num_tokens - num_masked]
 
         # (B, P + L, D), then only class tokens and visible positions: (B, P + V, D)
-        embedding = self.embed_class(class_labels, tokens, generator)
+        blocks = [*self.encoder_layers, *self.decoder_layers]
+        text = (prompt_embeds, prompt_attention_mask, text_context)
+        contexts, dropped = self.read_text(blocks, tokens, *text, generator)
+        embedding = self.embed_class(class_labels, tokens, generator, dropped)
         hidden_states = self.token_proj(tokens.to(self.token_proj.weight.dtype))
         hidden_states = torch.cat([embedding[:, None].expand(-1, num_prefix, -1), hidden_states], dim=1)
         hidden_states = self.token_norm(hidden_states + self.encoder_position_embedding)
         kept = hidden_states[:, num_prefix:].gather(1, visible[..., None].expand(-1, -1, hidden_states.shape[-1]))
         hidden_states = torch.cat([hidden_states[:, :num_prefix], kept], dim=1)
-        for layer in self.encoder_layers:
-            hidden_states = layer(hidden_states)
+        for layer, context in zip(self.encoder_layers, contexts[: len(self.encoder_layers)], strict=True):
+            hidden_states = layer(hidden_states, context=context)
         encoded = self.encoder_norm(hidden_states)
 
         # (B, P + V, D) -> (B, P + L, D): mask tokens wherever nothing is visible
@@ -119,8 +138,8 @@ class MARModel(MARPreTrainedModel):
         canvas = self.mask_token.to(hidden_states.dtype).expand(tokens.shape[0], num_tokens, -1)
         canvas = canvas.scatter(1, index, hidden_states[:, num_prefix:])
         hidden_states = torch.cat([hidden_states[:, :num_prefix], canvas], dim=1) + self.decoder_position_embedding
-        for layer in self.decoder_layers:
-            hidden_states = layer(hidden_states)
+        for layer, context in zip(self.decoder_layers, contexts[len(self.encoder_layers) :], strict=True):
+            hidden_states = layer(hidden_states, context=context)
         condition = self.decoder_norm(hidden_states)[:, num_prefix:] + self.condition_position_embedding
         output = BackboneOutput(condition=condition, encoder_last_hidden_state=encoded)
         return output.to_tuple() if return_dict is False else output
@@ -194,13 +213,16 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
         timesteps: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         num_masked: int | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        text_context: TextContext | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool | None = None,
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
         """Condition vectors, and the training loss where a noise scheduler is given.
 
         What is random and not given is drawn from `generator` in this order: number of masked tokens, their
-        positions, context noise, class dropout, timesteps, noise. With one generator per image, what is drawn for an
+        positions, context noise, text dropout, class dropout, timesteps, noise. With one generator per image, what is drawn for an
         image does not depend on the others.
 
         Args:
@@ -215,6 +237,11 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
                 the loss.
             num_masked (`int`, *optional*): masked tokens in a row: of the mask, where the caller knows it, or of the
                 one to be drawn, where it is not left to the generator.
+            prompt_embeds (`torch.Tensor` of shape `(batch, length, text_dim)`, *optional*): the text encoder's states,
+                for models with a `text_dim`; None means the null text.
+            prompt_attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): True or 1 for tokens, False
+                or 0 for padding; a row without tokens is the null text. None: all are tokens.
+            text_context ([`TextContext`], *optional*): in place of the two: keeps what is computed from the texts.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for what is drawn: one, or one per
                 image; None means torch's global one.
             return_dict (`bool`, *optional*): False gives a tuple.
@@ -231,7 +258,16 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
                 raise ValueError("`mask` has to be given in eval mode: True for the tokens still to be generated.")
             drawn = self.training_inputs(len(tokens), generator, num_masked=num_masked)
             mask, num_masked = drawn["mask"].to(tokens.device), drawn["num_masked"]
-        output = self.model(self.draw_context(tokens, generator), mask, class_labels, num_masked, generator)
+        output = self.model(
+            self.draw_context(tokens, generator),
+            mask,
+            class_labels,
+            num_masked,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            text_context=text_context,
+            generator=generator,
+        )
         if noise_scheduler is not None:
             draws = {"timesteps": timesteps, "noise": noise, "num_masked": num_masked, "generator": generator}
             output = self.with_loss(output, tokens, mask, scheduler=noise_scheduler, **draws)
@@ -244,6 +280,7 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
         tokens_per_step: list[int],
         class_labels: torch.Tensor | None = None,
         past_key_values: None = None,
+        text_context: TextContext | None = None,
     ) -> torch.Tensor:
         """One autoregressive step: conditions of the next tokens.
 
@@ -254,6 +291,7 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
             tokens_per_step (`list[int]`): tokens of the steps so far, this one included.
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None means the null class.
             past_key_values (`None`): nothing can be kept: what a token sees changes with every step.
+            text_context ([`TextContext`], *optional*): the texts; the same object in all steps.
 
         Returns:
             `torch.Tensor` of shape `(batch, tokens_per_step[-1], hidden_size)`: in the order of generation.
@@ -261,6 +299,7 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
         done = sum(tokens_per_step[:-1])
         num_masked, count = self.config.num_tokens - done, tokens_per_step[-1]
         mask = torch.ones(orders.shape, dtype=torch.bool, device=orders.device).scatter(1, orders[:, :done], False)
-        condition = self(tokens, mask, class_labels, num_masked=num_masked).condition
+        output = self(tokens, mask, class_labels, num_masked=num_masked, text_context=text_context)
+        condition = output.condition
         positions = orders[:, done : done + count]
         return condition.gather(1, positions[..., None].expand(-1, -1, condition.shape[-1]))

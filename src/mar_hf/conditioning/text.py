@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts: from the states of any text encoder to what the blocks of a backbone attend to."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..layers import BackboneLayer
+
+
+if TYPE_CHECKING:
+    from ..models import BackboneConfig
+
+
+class TextAligner(nn.Module):
+    """States of a frozen text encoder to the context of a backbone (the aligner of Fluid, arXiv:2410.13863, section 3).
+
+    A projection, learned positions and transformer blocks in which no token sees padding. A text without any token
+    is the learned null text.
+
+    Args:
+        config ([`BackboneConfig`]): with `text_dim`.
+    """
+
+    def __init__(self, config: "BackboneConfig"):
+        super().__init__()
+        width, heads = config.hidden_size, config.num_attention_heads
+        self.null_text = nn.Parameter(torch.zeros(1, 1, config.text_dim))
+        self.proj = nn.Linear(config.text_dim, width)
+        self.proj_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.position_embedding = nn.Parameter(torch.zeros(1, config.num_text_tokens, width))
+        self.layers = nn.ModuleList([BackboneLayer(config, width, heads) for _ in range(config.text_aligner_layers)])
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def forward(self, prompt_embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Align.
+
+        Args:
+            prompt_embeds (`torch.Tensor` of shape `(batch, length, text_dim)`): the text encoder's states; those of
+                padding are not read.
+            mask (`torch.Tensor` of shape `(batch, length)`): bool, False for padding; a row of False is the null text.
+
+        Returns:
+            two `torch.Tensor`: the context of shape `(batch, length, hidden_size)`, and what is added to the scores
+            of attention to it, of shape `(batch, 1, 1, length)`.
+        """
+        is_null = ~mask.any(1, keepdim=True)
+        # The null text is one token, in the first place.
+        first = torch.arange(mask.shape[1], device=mask.device) == 0
+        mask = mask | (is_null & first)
+        states = torch.where(is_null[..., None], self.null_text, prompt_embeds.to(self.null_text.dtype))
+        # Places among the text's own tokens, on whichever side the padding is.
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        hidden_states = self.proj_norm(self.proj(states)) + self.position_embedding[0][places]
+        added = torch.zeros(mask.shape, dtype=hidden_states.dtype, device=mask.device)
+        added = added.masked_fill(~mask, torch.finfo(added.dtype).min)[:, None, None]
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask=added)
+        return self.norm(hidden_states), added
+
+
+class TextContext:
+    """The texts of a call: what is computed from them once is kept here for all its steps.
+
+    Args:
+        prompt_embeds (`torch.Tensor` of shape `(batch, length, text_dim)`): the text encoder's states.
+        prompt_attention_mask (`torch.Tensor` of shape `(batch, length)`): True or 1 for tokens, False or 0 for
+            padding; a row without tokens is the null text.
+    """
+
+    def __init__(self, prompt_embeds: torch.Tensor, prompt_attention_mask: torch.Tensor):
+        self.prompt_embeds = prompt_embeds
+        self.mask = prompt_attention_mask.bool()
+        self._blocks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
+
+    def read_by(
+        self, aligner: TextAligner, blocks: list[BackboneLayer]
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """What each block attends to; computed at the first call only.
+
+        Args:
+            aligner ([`TextAligner`]): of the backbone.
+            blocks (`list[BackboneLayer]`): its blocks, always the same.
+
+        Returns:
+            `list[tuple]`, one entry a block: keys, values and mask for [`ContextAttention`].
+        """
+        if self._blocks is None:
+            states, added = aligner(self.prompt_embeds, self.mask)
+            self._blocks = [(*block.context_attention.read(states), added) for block in blocks]
+        return self._blocks

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention, MLP and blocks: what backbones and conditioning are built from."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+if TYPE_CHECKING:
+    from .models import BackboneConfig
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, for `attn_implementation="eager"`.
+
+    Args:
+        module (`torch.nn.Module`): the attention module, for its training mode.
+        query (`torch.Tensor` of shape `(batch, heads, length, head_dim)`): queries.
+        key (`torch.Tensor` of shape `(batch, heads, key_length, head_dim)`): keys.
+        value (`torch.Tensor` of the keys' shape): values.
+        attention_mask (`torch.Tensor`, *optional*): added to the scores.
+        scaling (`float`): multiplies the scores.
+        dropout (`float`, *optional*, defaults to 0.0): of the probabilities.
+        kwargs (`object`): of other implementations; not needed here.
+
+    Returns:
+        two `torch.Tensor`: output of shape `(batch, length, heads, head_dim)`, probabilities `(batch, heads, length,
+        key_length)`.
+    """
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    dropped = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    return (dropped @ value).transpose(1, 2).contiguous(), probabilities
+
+
+class BackboneAttention(nn.Module):
+    """Multi-head self-attention, with rotary positions and a cache where they are given.
+
+    Args:
+        config ([`BackboneConfig`]): for dropout and implementation.
+        hidden_size (`int`): width.
+        num_heads (`int`): attention heads.
+        layer_index (`int`, *optional*, defaults to 0): place in the cache.
+    """
+
+    def __init__(self, config: "BackboneConfig", hidden_size: int, num_heads: int, layer_index: int = 0):
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.layer_index = layer_index
+        self.scaling = (hidden_size // num_heads) ** -0.5
+        self.is_causal = False
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`): input.
+            attention_mask (`torch.Tensor` of shape `(1, 1, length, key_length)`, *optional*): added to the scores.
+            is_causal (`bool`, *optional*, defaults to `False`): nothing sees what comes after it; without a mask.
+            rotary (two `torch.Tensor`, *optional*): how to `rotate` queries and keys.
+            past_key_values (`Cache`, *optional*): takes keys and values in and gives all that it holds.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, length, hidden_size)`.
+        """
+        batch, length, width = hidden_states.shape
+        # (B, N, 3D) -> 3 x (B, heads, N, head_dim)
+        qkv = self.qkv(hidden_states).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if rotary is not None:
+            query, key = (rotate(states, turn) for states, turn in zip((query, key), rotary, strict=True))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_index)
+        output = attend(self, query, key, value, attention_mask, is_causal)
+        return self.proj(output.reshape(batch, length, width))
+
+
+class ContextAttention(nn.Module):
+    """Multi-head attention of a sequence to a context, such as a text. It adds nothing until it is trained.
+
+    Args:
+        config ([`BackboneConfig`]): for dropout and implementation.
+        hidden_size (`int`): width of the sequence.
+        num_heads (`int`): attention heads.
+        context_dim (`int`): width of the context.
+    """
+
+    def __init__(self, config: "BackboneConfig", hidden_size: int, num_heads: int, context_dim: int):
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.scaling = (hidden_size // num_heads) ** -0.5
+        self.is_causal = False
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key_value = nn.Linear(context_dim, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def read(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values: all that `forward` needs of a context, however often it is attended to.
+
+        Args:
+            context (`torch.Tensor` of shape `(batch, context_length, context_dim)`): the context.
+
+        Returns:
+            two `torch.Tensor` of shape `(batch, heads, context_length, head_dim)`.
+        """
+        states = self.key_value(context).unflatten(-1, (2, self.num_heads, -1))
+        key, value = states.permute(2, 0, 3, 1, 4).unbind(0)
+        return key, value
+
+    def forward(
+        self, hidden_states: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`): input.
+            key (`torch.Tensor` of shape `(batch, heads, context_length, head_dim)`): from `read`.
+            value (`torch.Tensor` of the same shape): from `read`.
+            attention_mask (`torch.Tensor` of shape `(batch, 1, 1, context_length)`): added to the scores.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, length, hidden_size)`.
+        """
+        query = self.query(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        output = attend(self, query, key, value, attention_mask)
+        return self.proj(output.reshape(hidden_states.shape))
+
+
+def attend(
+    module: BackboneAttention | ContextAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """Attention by the implementation of the configuration.
+
+    Args:
+        module ([`BackboneAttention`] or [`ContextAttention`]): whose attention it is.
+        query (`torch.Tensor` of shape `(batch, heads, length, head_dim)`): queries.
+        key (`torch.Tensor` of shape `(batch, heads, key_length, head_dim)`): keys.
+        value (`torch.Tensor` of the keys' shape): values.
+        attention_mask (`torch.Tensor`, *optional*): added to the scores. Flash attention takes none, so then it is
+            `"sdpa"` that attends.
+        is_causal (`bool`, *optional*, defaults to `False`): nothing sees what comes after it; without a mask.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, length, heads, head_dim)`.
+    """
+    config, implementation = module.config, module.config._attn_implementation
+    if attention_mask is not None and "flash" in implementation:
+        implementation = "sdpa"
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    dropout = config.attention_dropout if module.training else 0.0
+    inputs = {"scaling": module.scaling, "dropout": dropout, "is_causal": is_causal}
+    return function(module, query, key, value, attention_mask, **inputs)[0]
+
+
+def rotate(states: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Turn pairs of channels, the first half being their first members; in float32.
+
+    Args:
+        states (`torch.Tensor` of shape `(batch, heads, length, head_dim)`): queries or keys.
+        turn (`torch.Tensor` of shape `(2, batch, 1, length, head_dim / 2)`): cosines and sines.
+
+    Returns:
+        `torch.Tensor` of the shape and dtype of `states`.
+    """
+    (first, second), (cosine, sine) = states.float().chunk(2, dim=-1), turn
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).to(states.dtype)
+
+
+class BackboneMLP(nn.Module):
+    """Two linear layers with the exact GELU between them.
+
+    Args:
+        hidden_size (`int`): width.
+        intermediate_size (`int`): width between the layers.
+        dropout (`float`): after the GELU.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, dropout: float):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Apply the layers.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(..., hidden_size)`): input.
+
+        Returns:
+            `torch.Tensor` of the same shape.
+        """
+        return self.fc2(self.dropout(nn.functional.gelu(self.fc1(hidden_states))))
+
+
+class BackboneLayer(GradientCheckpointingLayer):
+    """A pre-norm transformer block: attention to itself, to a context where it has one, an MLP.
+
+    Args:
+        config ([`BackboneConfig`]): for dropout and norms.
+        hidden_size (`int`): width.
+        num_heads (`int`): attention heads.
+        layer_index (`int`, *optional*, defaults to 0): place in the cache.
+        context_dim (`int`, *optional*): width of the context; None: the block has none.
+    """
+
+    def __init__(
+        self,
+        config: "BackboneConfig",
+        hidden_size: int,
+        num_heads: int,
+        layer_index: int = 0,
+        context_dim: int | None = None,
+    ):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.attention = BackboneAttention(config, hidden_size, num_heads, layer_index)
+        if context_dim is not None:
+            self.context_norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+            self.context_attention = ContextAttention(config, hidden_size, num_heads, context_dim)
+        self.mlp_norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.mlp = BackboneMLP(hidden_size, int(hidden_size * config.mlp_ratio), config.hidden_dropout)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        context: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+        **attention_inputs: Any,
+    ) -> torch.Tensor:
+        """Apply the block.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`): input.
+            context (three `torch.Tensor`, *optional*): keys, values and mask for [`ContextAttention`]; None for blocks
+                without a context.
+            attention_inputs (`Any`): for [`BackboneAttention`].
+
+        Returns:
+            `torch.Tensor` of the same shape.
+        """
+        attended = self.attention(self.attention_norm(hidden_states), **attention_inputs)
+        hidden_states = hidden_states + self.dropout(attended)
+        if context is not None:
+            attended = self.context_attention(self.context_norm(hidden_states), *context)
+            hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
