@@ -149,7 +149,7 @@ def main(args: Arguments) -> None:
     accelerator = make_accelerator(mixed_precision=args.mixed_precision)
     folder = pathlib.Path(args.output_dir)
     with accelerator.main_process_first():
-        dataset = load_image_dataset(args.train_data_dir)
+        dataset = load_image_dataset(args.train_data_dir, caption_column=None)
     tokenizer = ImageTokenizer.from_pretrained(args.pretrained_tokenizer)
     index = build_index(args, dataset, tokenizer, accelerator.mixed_precision)
     if (folder / INDEX).exists():

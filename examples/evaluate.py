@@ -108,7 +108,7 @@ class Pictures:
             self.labels = None
             self.size = size or min(self.rows.shape[1:3])
         else:
-            self.rows = load_image_dataset(path)
+            self.rows = load_image_dataset(path, caption_column=None)
             feature = self.rows.features.get("label")
             self.labels = None if feature is None else [feature.names[label] for label in self.rows["label"]]
             self.size = size or min(ImageFeature().decode_example(self.rows[0]["image"]).size)

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image as PILImage
 
@@ -17,7 +18,7 @@ from mar_hf.utils import check_generator, draw
 SPLITS = {"train", "validation", "valid", "val", "dev", "test"}
 
 
-def load_image_dataset(path: str) -> Dataset:
+def load_image_dataset(path: str, caption_column: str | None = "text") -> Dataset:
     """The training split of a folder of pictures.
 
     Nothing but the folder is read: pictures stay undecoded until [`ImageTransform`] asks for them, and no host is told
@@ -27,14 +28,19 @@ def load_image_dataset(path: str) -> Dataset:
     Args:
         path (`str`): a folder with one sub-folder a class (with or without a `train` level; a single class or
             folders inside class folders give no labels), one of parquet files, or what `Dataset.save_to_disk` wrote.
+            A `metadata.jsonl` (or `.csv`) beside the pictures or class folders names the pictures, as `file_name`,
+            and their columns; folders then give no labels.
+        caption_column (`str`, *optional*, defaults to `"text"`): the column of captions, strings or lists of them.
+            None leaves captions out.
 
     Returns:
-        `Dataset`: columns `image` (undecoded), `row` (its number, for messages), and `label` (a `ClassLabel`) where
-        the data has classes. A column of integers gets the classes 0 to the largest, one of strings their sorted
-        values.
+        `Dataset`: columns `image` (undecoded), `row` (its number, for messages), `label` (a `ClassLabel`) where the
+        data has classes, and `text` (a list of strings) where it has captions. A column `label` of integers gets the
+        classes 0 to the largest, one of strings their sorted values.
 
     Raises:
-        ValueError: if the folder does not exist or holds no pictures to train on, or a label is out of range.
+        ValueError: if the folder does not exist or holds no pictures to train on, a label is out of range, or a
+            picture has no caption though others have.
     """
     folder = pathlib.Path(path)
     if not folder.is_dir():
@@ -47,15 +53,19 @@ def load_image_dataset(path: str) -> Dataset:
             dataset = load_dataset(str(folder.resolve()), split="train")
         else:
             dataset = _load_folders(folder)
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        raise ValueError(f"`train_data_dir` {path!r} holds no pictures to train on: {error}") from error
+    except (FileNotFoundError, KeyError, ValueError, DatasetGenerationError) as error:
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        raise ValueError(f"`train_data_dir` {path!r} holds no pictures to train on: {reason}") from error
     if "image" not in dataset.column_names:
         raise ValueError(f"`train_data_dir` {path!r} holds no column `image`, only {dataset.column_names}.")
     if len(dataset) == 0:
         raise ValueError(f"`train_data_dir` {path!r} holds no pictures to train on.")
-    dataset = dataset.select_columns([name for name in ("image", "label") if name in dataset.column_names])
+    known = [name for name in ("image", "label", caption_column) if name in dataset.column_names]
+    dataset = dataset.select_columns(known)
     dataset = dataset.cast_column("image", Image(decode=False)).add_column("row", np.arange(len(dataset)))
-    return _with_classes(dataset, path) if "label" in dataset.column_names else dataset
+    if caption_column in known:
+        dataset = _with_captions(dataset, path, caption_column)
+    return _with_classes(dataset, path) if "label" in known else dataset
 
 
 def _load_folders(folder: pathlib.Path) -> Dataset:
@@ -76,8 +86,23 @@ def _load_folders(folder: pathlib.Path) -> Dataset:
     if empty:
         warnings.warn(f"{str(folder)!r} has folders without pictures, which are skipped: {empty}.", stacklevel=3)
     if len(folders) - len(empty) > 1 and "label" not in dataset.column_names:
-        warnings.warn(f"{str(folder)!r} has pictures at several depths, so its folders are no classes.", stacklevel=3)
+        metadata = any((folder / name).exists() for name in ImageFolder.METADATA_FILENAMES)
+        reason = "metadata without `label`" if metadata else "pictures at several depths"
+        warnings.warn(f"{str(folder)!r} has {reason}, so its folders are no classes.", stacklevel=3)
     return dataset
+
+
+def _with_captions(dataset: Dataset, path: str, column: str) -> Dataset:
+    values = dataset.data.column(column).to_pylist()
+    captions = [[value] if isinstance(value, str) else value for value in values]
+    for row, texts in enumerate(captions):
+        if not (isinstance(texts, list) and texts and all(isinstance(t, str) and t.strip() for t in texts)):
+            where = describe(dataset[row]["image"], row)
+            raise ValueError(
+                f"`train_data_dir` {path!r}: `{column}` of {where} has to be a caption or a list of captions, none of "
+                f"them empty, got {values[row]!r}."
+            )
+    return dataset.remove_columns(column).add_column("text", captions)
 
 
 def _with_classes(dataset: Dataset, path: str) -> Dataset:
@@ -151,6 +176,7 @@ class ImageTransform:
     """Rows of [`load_image_dataset`] to `pixel_values` (3, H, W) in [-1, 1] and `label` (-1 without classes).
 
     Pictures are turned as their EXIF data says, cropped to their central square and resized, the small ones up.
+    Captions are handed on as `text`, a list of strings a row, where the data has them.
 
     Args:
         resolution (`int`): side of the pictures in pixels.
@@ -162,7 +188,8 @@ class ImageTransform:
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         pixel_values = [self.read(value, row) for value, row in zip(rows["image"], rows["row"], strict=True)]
-        return {"pixel_values": pixel_values, "label": rows.get("label", [-1] * len(pixel_values))}
+        captions = {"text": rows["text"]} if "text" in rows else {}
+        return {"pixel_values": pixel_values, "label": rows.get("label", [-1] * len(pixel_values)), **captions}
 
     def read(self, value: dict, row: int) -> torch.Tensor:
         """One picture.

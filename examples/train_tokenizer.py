@@ -264,10 +264,11 @@ class Trainer:
         )
         check_output_dir(args)
         transform = ImageTransform(args.resolution)
-        self.dataset = load_image_dataset(args.train_data_dir).with_transform(transform)
+        load = partial(load_image_dataset, caption_column=None)
+        self.dataset = load(args.train_data_dir).with_transform(transform)
         folders = [pathlib.Path(args.train_data_dir, name) for name in HELD_OUT]
         held_out = args.validation_data_dir or next((str(folder) for folder in folders if folder.is_dir()), None)
-        self.held_out = load_image_dataset(held_out).with_transform(transform) if held_out else None
+        self.held_out = load(held_out).with_transform(transform) if held_out else None
 
         set_seed(args.seed)
         self.vae = build_autoencoder(args)

@@ -122,6 +122,22 @@ def test_the_cache_holds_its_tokenizer(tokenizer, whole):
         assert torch.equal(kept.state_dict()[name], tensor)
 
 
+def test_captions_are_left_out(pictures, tokenizer, whole, tmp_path):
+    folder = copy(pictures, tmp_path / "pictures")
+    lines = [
+        json.dumps({"file_name": f"{name}/{number}.png", "label": name, "text": ["a"] * number})
+        for name, count in COUNTS.items()
+        for number in range(count)
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    captioned = load_latents(str(cache(folder, tokenizer, tmp_path / "cache")))
+    for row, expected in zip(
+        captioned.__getitems__(range(11)), load_latents(str(whole)).__getitems__(range(11)), strict=True
+    ):
+        assert row.keys() == expected.keys() and row["label"] == expected["label"]
+        assert torch.equal(row["mean"], expected["mean"])
+
+
 @pytest.mark.parametrize("workers", [{}, {"num_workers": 2, "multiprocessing_context": "spawn"}])
 def test_batches_through_workers(whole, workers):
     latents = load_latents(str(whole))

@@ -3,6 +3,7 @@
 
 import importlib.util
 import io
+import json
 import shutil
 import socket
 import warnings
@@ -264,6 +265,106 @@ def test_a_label_out_of_range_is_named_by_its_file(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,0\n1.png,-2\n")
     with pytest.raises(ValueError, match=r"label -2 of '.*1\.png' \(row 1\) is not in 0\.\.0"):
         image_data.load_image_dataset(str(tmp_path))
+
+
+# Captions
+
+
+def captioned(folder, *rows):
+    """A folder of grey pictures, `0.png` and so on, with a row of metadata for each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, row in enumerate(rows):
+        name = f"{row.get('label', '')}/{number}.png".removeprefix("/")
+        (folder / name).parent.mkdir(exist_ok=True)
+        PICTURES["grey"][0].save(folder / name)
+        lines.append(json.dumps({"file_name": name, **row}, ensure_ascii=False))
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+UNICODE = ["crêpe", "cafe\u0301 ﬁn", "红包 🧧", "5\u20130\u2028line", 'a "quote", a comma', "İ"]
+
+
+def test_captions_of_a_folder_with_classes(tmp_path):
+    rows = [{"text": [text, f"{text}, twice"], "label": label} for text, label in zip(UNICODE, "bababb", strict=True)]
+    rows[1]["text"] = ["one only"]
+    captioned(tmp_path / "train", *rows)
+    captioned(tmp_path / "test", {"text": ["not read"], "label": "a"})
+    dataset = image_data.load_image_dataset(str(tmp_path))
+    assert sorted(dataset.column_names) == ["image", "label", "row", "text"]
+    # Folders give no labels beside metadata, so these hold them.
+    assert dataset.features["label"].names == ["a", "b"] and dataset["label"][:] == [1, 0, 1, 0, 1, 1]
+    assert dataset["text"][:] == [row["text"] for row in rows]
+    out = dataset.with_transform(image_data.ImageTransform(8)).__getitems__([1, 0])
+    assert [row["text"] for row in out] == [["one only"], rows[0]["text"]]
+    assert [row["label"] for row in out] == [0, 1] and out[0]["pixel_values"].shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("as_lists", [False, True])
+def test_captions_are_lists_whatever_they_were(tmp_path, as_lists):
+    captioned(tmp_path, *({"text": [text] if as_lists else text} for text in UNICODE))
+    dataset = image_data.load_image_dataset(str(tmp_path))
+    assert sorted(dataset.column_names) == ["image", "row", "text"]
+    assert dataset["text"][:] == [[text] for text in UNICODE]
+
+
+@pytest.mark.parametrize("as_lists", [False, True])
+def test_captions_of_parquet_files(tmp_path, as_lists):
+    pictures = [{"bytes": png(PICTURES["grey"][0]), "path": None}] * len(UNICODE)
+    rows = {"image": pictures, "prompt": [[text] * 2 if as_lists else text for text in UNICODE]}
+    Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "pictures.parquet"))
+    dataset = image_data.load_image_dataset(str(tmp_path), caption_column="prompt")
+    assert dataset["text"][:] == [[text] * (1 + as_lists) for text in UNICODE]
+    # What nobody asked for is left out.
+    assert image_data.load_image_dataset(str(tmp_path)).column_names == ["image", "row"]
+
+
+def test_captions_can_be_left_out(tmp_path):
+    captioned(tmp_path, {"text": "some"}, {"nothing": 0})
+    dataset = image_data.load_image_dataset(str(tmp_path), caption_column=None)
+    assert dataset.column_names == ["image", "row"]
+    assert set(dataset.with_transform(image_data.ImageTransform(8))[0]) == {"pixel_values", "label"}
+
+
+@pytest.mark.parametrize(
+    "rows, row, value",
+    [
+        ([{"text": "a"}, {"label": "x"}], 1, "None"),
+        ([{"text": "a"}, {"text": None}], 1, "None"),
+        ([{"text": "a"}, {"text": ""}], 1, "''"),
+        ([{"text": " \n"}, {"text": "a"}], 0, r"' \\n'"),
+        ([{"text": ["a"]}, {"text": []}], 1, r"\[\]"),
+        ([{"text": ["a", ""]}, {"text": ["b"]}], 0, r"\['a', ''\]"),
+        ([{"text": ["a"]}, {"text": ["b", None]}], 1, r"\['b', None\]"),
+        ([{"text": 3}, {"text": 4}], 0, "3"),
+        ([{"text": [[1]]}, {"text": [[2]]}], 0, r"\[\[1\]\]"),
+        ([{"text": {"en": "a"}}, {"text": {"en": "b"}}], 0, r"\{'en': 'a'\}"),
+    ],
+)
+def test_a_picture_without_a_caption_is_named(tmp_path, rows, row, value):
+    captioned(tmp_path, *rows)
+    message = (
+        rf"`text` of '.*{row}\.png' \(row {row}\) has to be a caption or a list of captions, none .*, got {value}\."
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        image_data.load_image_dataset(str(tmp_path))
+    assert f"`train_data_dir` {str(tmp_path)!r}" in str(error.value)
+
+
+def test_metadata_that_can_not_be_read_say_why(tmp_path):
+    captioned(tmp_path, {"text": "a"}, {"text": ["b"]})
+    with pytest.raises(ValueError, match=r"holds no pictures to train on: .*text.* changed from string to array"):
+        image_data.load_image_dataset(str(tmp_path))
+
+
+def test_folders_beside_metadata_without_labels_are_no_classes(tmp_path):
+    write(tmp_path)
+    lines = [{"file_name": f"{name}/0.png", "text": name} for name in PICTURES]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    with pytest.warns(UserWarning, match="has metadata without `label`, so its folders are no classes"):
+        dataset = image_data.load_image_dataset(str(tmp_path))
+    assert dataset["text"][:] == [[name] for name in PICTURES] and "label" not in dataset.column_names
 
 
 # Pictures

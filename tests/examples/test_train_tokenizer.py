@@ -95,6 +95,16 @@ def trained(pictures, tmp_path_factory):
         return run(pictures, tmp_path_factory.mktemp("trained"))
 
 
+def test_captions_are_left_out(tmp_path):
+    folder = write_pictures(tmp_path / "pictures", 4)
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.png")]
+    lines = [json.dumps({"file_name": name, "text": ["a"] * number}) for number, name in enumerate(names)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.warns(UserWarning, match="metadata without `label`"):
+        run(folder, tmp_path / "run", max_train_steps=1)
+    assert ImageTokenizer.from_pretrained(tmp_path / "run").config.latent_channels == 2
+
+
 def rows(folder):
     with open(folder / "loss.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
