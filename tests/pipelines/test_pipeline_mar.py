@@ -326,6 +326,7 @@ def test_the_signature_is_the_documented_one():
     defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
     assert defaults == {
         "class_labels": None,
+        "prompt": None,
         "num_inference_steps": None,
         "guidance_scale": None,
         "num_diffusion_steps": None,
@@ -334,17 +335,23 @@ def test_the_signature_is_the_documented_one():
         "head_step_schedule": None,
         "temperature": None,
         "generation_order": None,
+        "negative_prompt": None,
         "num_images_per_prompt": 1,
         "generator": None,
         "noise": None,
         "context_noise": None,
         "head_kwargs": None,
+        "prompt_embeds": None,
+        "prompt_attention_mask": None,
+        "negative_prompt_embeds": None,
+        "negative_prompt_attention_mask": None,
         "output_type": "pil",
         "return_dict": True,
         "callback_on_step_end": None,
         "callback_on_step_end_tensor_inputs": ["latents"],
+        "max_sequence_length": None,
     }
-    assert list(defaults)[:2] == ["class_labels", "num_inference_steps"]  # positional use
+    assert list(defaults)[:2] == ["class_labels", "prompt"]  # positional use
 
 
 @pytest.mark.parametrize(
@@ -720,7 +727,7 @@ def test_sane_tokens_are_not_reported(pipe, warnings):
 
 
 def test_components_rebuild_the_pipeline(pipe):
-    assert set(pipe.components) == {"transformer", "vae", "scheduler"}
+    assert set(pipe.components) == {"transformer", "vae", "scheduler", "text_encoder", "tokenizer"}
     again = MARPipeline(**pipe.components, generation_defaults=FEW_STEPS)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(latents(again, generator=seeds(0)), latents(pipe, generator=seeds(0)))
@@ -728,7 +735,8 @@ def test_components_rebuild_the_pipeline(pipe):
 
 def test_every_component_may_be_missing():
     empty = MARPipeline(transformer=None, vae=None, scheduler=None)
-    assert empty.components == {"transformer": None, "vae": None, "scheduler": None}
+    parts = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+    assert empty.components == dict.fromkeys(parts)
 
 
 def test_a_call_does_not_mutate_components(either):

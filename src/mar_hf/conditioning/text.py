@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class TextAligner(nn.Module):
-    """States of a frozen text encoder to the context of a backbone (the aligner of Fluid, arXiv:2410.13863, section 3).
+    """States of a frozen text encoder to the context of a backbone (the aligner of Fluid, arXiv:2410.13863).
 
     A projection, learned positions and transformer blocks in which no token sees padding. A text without any token
     is the learned null text.

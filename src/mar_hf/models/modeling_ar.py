@@ -405,8 +405,8 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
         """Condition vectors, and the training loss where a noise scheduler is given.
 
         What is random and not given is drawn from `generator` in this order: tokens per step (where there may be
-        several), orders, context noise, text dropout, class dropout, timesteps, noise. With one generator per image, what is drawn
-        for an image does not depend on the others.
+        several), orders, context noise, text dropout, class dropout, timesteps, noise. With one generator per image,
+        what is drawn for an image does not depend on the others.
 
         Args:
             tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the tokens.

@@ -222,8 +222,8 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
         """Condition vectors, and the training loss where a noise scheduler is given.
 
         What is random and not given is drawn from `generator` in this order: number of masked tokens, their
-        positions, context noise, text dropout, class dropout, timesteps, noise. With one generator per image, what is drawn for an
-        image does not depend on the others.
+        positions, context noise, text dropout, class dropout, timesteps, noise. With one generator per image, what is
+        drawn for an image does not depend on the others.
 
         Args:
             tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the tokens.

@@ -10,8 +10,9 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging, replace_example_docstring
 from huggingface_hub import create_repo, file_exists
-from transformers import Cache
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..conditioning import TextContext
 from ..generation import (
     GENERATION_ORDERS,
     GUIDANCE_SCHEDULES,
@@ -22,6 +23,7 @@ from ..generation import (
 from ..hub import build_model_card
 from ..models import ARForImageGeneration, MARForImageGeneration, add_context_noise
 from ..tokenizers import ImageTokenizer
+from .prompts import PromptMixin, check_text_encoder
 
 
 logger = logging.get_logger(__name__)
@@ -55,24 +57,30 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class MARPipeline(DiffusionPipeline):
-    """Class-conditional pictures from an autoregressive model over continuous tokens (arXiv:2406.11838).
+class MARPipeline(PromptMixin, DiffusionPipeline):
+    """Pictures of classes or texts from an autoregressive model over continuous tokens (arXiv:2406.11838).
 
     Args:
         transformer ([`MARForImageGeneration`] or [`ARForImageGeneration`]): the backbone with its token head.
         vae ([`ImageTokenizer`]): tokens to pictures; the slot keeps diffusers' name.
         scheduler (`SchedulerMixin`): runs the head: [`TokenDDPMScheduler`], or a diffusers scheduler made with
             `X.from_config(pipe.scheduler.config)`.
+        text_encoder (`PreTrainedModel`, *optional*): for models that take texts: any encoder of transformers whose
+            `last_hidden_state` is as wide as the `text_dim` of the transformer: T5, CLIP, BERT, ... Without one,
+            texts are given as `prompt_embeds`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the text encoder.
         id2label (`dict`, *optional*): names of the classes, by number; several names of one class are separated by
             ", ".
         generation_defaults (`dict`, *optional*): what `__call__` uses where an argument is None, saved with the
             pipeline; keys are those of `GENERATION_DEFAULTS`, which fill the gaps.
 
     Raises:
-        ValueError: if the tokenizer's tokens or the classes do not fit the transformer, or a default is unknown.
+        ValueError: if the image tokenizer's tokens, the text encoder or the classes do not fit the transformer, or a
+            default is unknown.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["latents", "mask"]
 
     def __init__(
@@ -80,11 +88,15 @@ class MARPipeline(DiffusionPipeline):
         transformer: MARForImageGeneration | ARForImageGeneration,
         vae: ImageTokenizer,
         scheduler: SchedulerMixin,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         id2label: dict | None = None,
         generation_defaults: dict | None = None,
     ):
         super().__init__()
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_modules(
+            transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
+        )
         # JSON turns the numbers into strings.
         id2label = None if id2label is None else {int(number): name for number, name in id2label.items()}
         self.register_to_config(id2label=id2label, generation_defaults=generation_defaults)
@@ -99,6 +111,8 @@ class MARPipeline(DiffusionPipeline):
             limit = transformer.config.num_classes
             if beyond := sorted(number for number in id2label if not 0 <= number < limit):
                 raise ValueError(f"`id2label` has to number classes 0..{limit - 1} of `transformer`, got {beyond}.")
+        if transformer is not None and text_encoder is not None:
+            check_text_encoder(text_encoder, transformer.config.text_dim)
         self.image_processor = VaeImageProcessor(do_resize=False)
 
     @property
@@ -155,6 +169,7 @@ class MARPipeline(DiffusionPipeline):
         noise: torch.Tensor | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
+        num_prompts: int | None = None,
     ) -> list[int | None]:
         """Check everything that a caller can get wrong, before any work is done.
 
@@ -166,6 +181,7 @@ class MARPipeline(DiffusionPipeline):
             noise (`torch.Tensor`, *optional*): as `__call__` takes it.
             output_type (`str`): pil, np, pt or latent.
             callback_on_step_end_tensor_inputs (`list[str]`): names for the callback.
+            num_prompts (`int`, *optional*): number of texts; None: there are none.
 
         Returns:
             `list[int | None]`: the class number of each picture, None where there is no class.
@@ -176,9 +192,15 @@ class MARPipeline(DiffusionPipeline):
         config = self.transformer.config
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` has to be at least 1, got {num_images_per_prompt}.")
-        labels = [None] if class_labels is None else self._label_numbers(class_labels)
+        labels = [None] * (num_prompts or 1) if class_labels is None else self._label_numbers(class_labels)
         if not labels:
             raise ValueError("`class_labels` is empty; None means no class.")
+        if len(labels) == 1 and num_prompts is not None:
+            labels *= num_prompts
+        if num_prompts not in (None, len(labels)):
+            raise ValueError(
+                f"`class_labels` has to hold one class for each of {num_prompts} texts, got {len(labels)}."
+            )
         labels = [label for label in labels for _ in range(num_images_per_prompt)]
         steps = settings["num_inference_steps"]
         if not isinstance(steps, int) or not 1 <= steps <= config.num_tokens:
@@ -234,6 +256,8 @@ class MARPipeline(DiffusionPipeline):
 
     def _label_number(self, label: int | str) -> int:
         limit = self.transformer.config.num_classes
+        if limit == 0:
+            raise ValueError(f"`class_labels` has to be None for a model that knows no classes, got {label!r}.")
         if isinstance(label, str):
             if label not in self.labels:
                 shown = sorted(self.labels)[:40] or "none: this checkpoint has no class names"
@@ -307,6 +331,7 @@ class MARPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        prompt: str | list[str] | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         num_diffusion_steps: int | None = None,
@@ -315,15 +340,21 @@ class MARPipeline(DiffusionPipeline):
         head_step_schedule: str | None = None,
         temperature: float | None = None,
         generation_order: str | torch.Tensor | None = None,
+        negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         noise: torch.Tensor | None = None,
         context_noise: float | None = None,
         head_kwargs: dict[str, Any] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["MARPipeline", int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' signature)
+        max_sequence_length: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate pictures.
 
@@ -332,6 +363,8 @@ class MARPipeline(DiffusionPipeline):
         Args:
             class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): classes by number or name; None
                 generates without a class.
+            prompt (`str` or `list[str]`, *optional*): texts, for models that take them; an empty one is the null text,
+                as None is. Together with `class_labels` (one, or one for each text) for models that know classes too.
             num_inference_steps (`int`, *optional*): autoregressive steps, at most the number of tokens; exactly so
                 many for a causal model that predicts one token a step.
             guidance_scale (`float`, *optional*): classifier-free guidance; 1.0 means none.
@@ -343,7 +376,8 @@ class MARPipeline(DiffusionPipeline):
                 the logits of a categorical head.
             generation_order (`str` or `torch.Tensor` of shape `(batch, num_tokens)`, *optional*): a name in
                 `GENERATION_ORDERS`, or the positions in the order in which they are generated.
-            num_images_per_prompt (`int`, *optional*, defaults to 1): pictures for each label.
+            negative_prompt (`str` or `list[str]`, *optional*): what guidance leads away from; None: the null text.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): pictures for each label or text.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): the only source of randomness; a list
                 has one per picture, which then does not depend on the others. None means a new one from the system's
                 entropy.
@@ -353,12 +387,21 @@ class MARPipeline(DiffusionPipeline):
                 models trained with some; 0.0 means none.
             head_kwargs (`dict`, *optional*): further arguments of the head's `sample`, such as `top_k` and `top_p` of
                 a categorical head.
+            prompt_embeds (`torch.Tensor` of shape `(texts, length, text_dim)`, *optional*): the text encoder's states,
+                instead of `prompt`.
+            prompt_attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*): 1 for tokens, 0 for padding
+                of `prompt_embeds`; None: all are tokens.
+            negative_prompt_embeds (`torch.Tensor` of shape `(texts, length, text_dim)`, *optional*): instead of
+                `negative_prompt`.
+            negative_prompt_attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*): likewise.
             output_type (`str`, *optional*, defaults to `"pil"`): pil, np, pt (in [0, 1]) or latent (unit-scaled grid).
             return_dict (`bool`, *optional*, defaults to `True`): False gives a tuple.
             callback_on_step_end (`Callable`, *optional*): called after each autoregressive step with the pipeline, the
                 step, the number of tokens done and a dict; `latents` in the dict that it returns replace the picture.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`): what the dict
                 holds: `latents` (the grid so far, 0 where nothing is yet) and `mask`.
+            max_sequence_length (`int`, *optional*): tokens after which a text is cut, with a warning; None means the
+                longest that the model knows.
 
         Examples:
 
@@ -383,6 +426,7 @@ class MARPipeline(DiffusionPipeline):
         }
         defaults = self.generation_defaults
         settings = {name: defaults[name] if value is None else value for name, value in given.items()}
+        num_prompts = self._count_prompts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
         labels = self.check_inputs(
             settings,
             class_labels,
@@ -391,9 +435,10 @@ class MARPipeline(DiffusionPipeline):
             noise,
             output_type,
             callback_on_step_end_tensor_inputs,
+            num_prompts,
         )
         self._guidance_scale = settings["guidance_scale"]
-        self._conditional = labels[0] is not None
+        self._conditional = labels[0] is not None or num_prompts is not None
         self._interrupt = False
 
         # 2. Schedules: one entry per autoregressive step
@@ -404,12 +449,25 @@ class MARPipeline(DiffusionPipeline):
         guidance = GUIDANCE_SCHEDULES[settings["guidance_schedule"]]
         self._num_timesteps = steps
 
-        # 3. Labels, orders and noise
+        # 3. Texts, labels, orders and noise
+        texts = None
+        if config.text_dim is not None or num_prompts is not None:
+            texts = self.encode_prompt(
+                [""] * batch_size if num_prompts is None else prompt,
+                1 if num_prompts is None else num_images_per_prompt,
+                # Also without guidance: callbacks may turn it on.
+                negative_prompt=negative_prompt,
+                prompt_embeds=prompt_embeds,
+                prompt_attention_mask=prompt_attention_mask,
+                negative_prompt_embeds=negative_prompt_embeds,
+                negative_prompt_attention_mask=negative_prompt_attention_mask,
+                max_sequence_length=max_sequence_length,
+            )
         if generator is None:
             # Also for schedulers that draw noise of their own: they would turn to torch's global state.
             generator = torch.Generator()
             generator.seed()
-        labels = torch.tensor(labels, device=device) if self._conditional else None
+        labels = None if labels[0] is None else torch.tensor(labels, device=device)
         level = settings["context_noise"]
         orders, noise, context = self.prepare_randomness(
             batch_size, settings["generation_order"], settings["num_diffusion_steps"], generator, noise, level
@@ -420,7 +478,7 @@ class MARPipeline(DiffusionPipeline):
         mask = torch.ones(batch_size, config.num_tokens, dtype=torch.bool, device=device)
 
         # 4. Autoregressive loop
-        done, cache, was_guided = 0, None, None
+        done, cache, was_guided, text_context = 0, None, None, None
         with self.progress_bar(total=steps) as progress_bar:
             for step, count in enumerate(tokens_per_step):
                 if self.interrupt:
@@ -429,6 +487,8 @@ class MARPipeline(DiffusionPipeline):
                 guided = self.do_classifier_free_guidance
                 if cache is None or guided != was_guided:
                     # What callbacks change is not what was kept.
+                    if guided != was_guided:
+                        text_context = self._make_text_context(texts, guided)
                     cache, was_guided = self.transformer.make_cache(tokens_per_step), guided
                 condition, negative = self._predict(
                     tokens if context is None else add_context_noise(tokens, context, level),
@@ -436,6 +496,7 @@ class MARPipeline(DiffusionPipeline):
                     tokens_per_step[: step + 1],
                     labels,
                     cache,
+                    text_context,
                 )
                 sampled = self.transformer.head.sample(
                     condition=condition,
@@ -488,15 +549,17 @@ class MARPipeline(DiffusionPipeline):
         tokens_per_step: list[int],
         labels: torch.Tensor | None,
         cache: Cache | None,
+        text_context: TextContext | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Condition vectors (B, K, D) of the last step, and those of the null class where guidance needs them."""
+        """Condition vectors (B, K, D) of the last step, and those of the other branch where guidance needs them."""
         guided = self.do_classifier_free_guidance
         if guided:
-            null = torch.full_like(labels, self.transformer.config.num_classes)
-            tokens, orders, labels = torch.cat([tokens] * 2), torch.cat([orders] * 2), torch.cat([labels, null])
+            tokens, orders = torch.cat([tokens] * 2), torch.cat([orders] * 2)
+        if guided and labels is not None:
+            labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
         # A wrapper of torch.compile passes methods on to the module inside, which would run as it is.
         predict = type(getattr(self.transformer, "_orig_mod", self.transformer)).predict
-        condition = predict(self.transformer, tokens, orders, tokens_per_step, labels, cache)
+        condition = predict(self.transformer, tokens, orders, tokens_per_step, labels, cache, text_context)
         return tuple(condition.chunk(2)) if guided else (condition, None)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:

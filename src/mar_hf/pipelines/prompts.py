@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts in a pipeline: from words to what the transformer attends to."""
+
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from ..conditioning import TextContext
+
+
+logger = logging.get_logger(__name__)
+
+
+def check_text_encoder(text_encoder: PreTrainedModel, text_dim: int | None) -> None:
+    """Refuse a text encoder that does not fit a model.
+
+    Args:
+        text_encoder (`PreTrainedModel`): of transformers.
+        text_dim (`int`, *optional*): of the model; None: it takes no texts.
+
+    Raises:
+        ValueError: if it has a decoder, or its states are not as wide as the model expects.
+    """
+    config = text_encoder.config
+    if config.is_encoder_decoder:
+        raise ValueError(f"`text_encoder` has to be an encoder alone, not {type(text_encoder).__name__}.")
+    if config.hidden_size != text_dim:
+        raise ValueError(
+            f"`text_encoder` gives states of {config.hidden_size} numbers, but `transformer` takes {text_dim}."
+        )
+
+
+class PromptMixin:
+    """What a pipeline with `transformer`, and perhaps `text_encoder` and `tokenizer`, does with texts."""
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        max_sequence_length: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """What the transformer needs to know of texts. Without any token a text is the null text of the training.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): the texts; an empty one is the null text.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): rows for each text, one after the other.
+            do_classifier_free_guidance (`bool`, *optional*, defaults to `True`): also those to be guided away from.
+            negative_prompt (`str` or `list[str]`, *optional*): to be guided away from, one for all or one each; None
+                means the null text.
+            prompt_embeds (`torch.Tensor` of shape `(texts, length, text_dim)`, *optional*): instead of `prompt`.
+            prompt_attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*): of `prompt_embeds`, 1 for
+                tokens; None: all are tokens.
+            negative_prompt_embeds (`torch.Tensor` of shape `(texts, length, text_dim)`, *optional*): instead of
+                `negative_prompt`.
+            negative_prompt_attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*): likewise.
+            max_sequence_length (`int`, *optional*): tokens after which a prompt is cut; None means the model's
+                `num_text_tokens`.
+
+        Returns:
+            four `torch.Tensor`: states of shape `(texts * num_images_per_prompt, length, text_dim)` and bool mask of
+            the prompts, then of the negative ones (None without guidance).
+
+        Raises:
+            ValueError: if the model takes no texts, there is no text encoder for them, a type or a shape is wrong, or
+                both a text and its states are given.
+        """
+        config, device = self.transformer.config, self._execution_device
+        if config.text_dim is None:
+            raise ValueError("`prompt` needs a model that takes texts; this one knows classes only.")
+        limit = config.num_text_tokens if max_sequence_length is None else max_sequence_length
+        if not isinstance(limit, int) or not 1 <= limit <= config.num_text_tokens:
+            raise ValueError(f"`max_sequence_length` has to lie in 1..{config.num_text_tokens}, got {limit!r}.")
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("One of `prompt` and `prompt_embeds` has to be given, and not both.")
+        embeds, mask = self._encode_texts("prompt", prompt, prompt_embeds, prompt_attention_mask, limit)
+        rows = [(embeds, mask)]
+        if do_classifier_free_guidance:
+            if negative_prompt is not None and negative_prompt_embeds is not None:
+                raise ValueError("Both `negative_prompt` and `negative_prompt_embeds` are given.")
+            if negative_prompt is None and negative_prompt_embeds is None:
+                negative_prompt = ""
+            if isinstance(negative_prompt, str):
+                negative_prompt = [negative_prompt] * len(embeds)
+            given = (negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask)
+            negative = self._encode_texts("negative_prompt", *given, limit)
+            if len(negative[0]) != len(embeds):
+                raise ValueError(f"`negative_prompt` has to be one for all or {len(embeds)}, got {len(negative[0])}.")
+            rows.append(negative)
+        rows = [tuple(t.to(device).repeat_interleave(num_images_per_prompt, 0) for t in pair) for pair in rows]
+        return (*rows[0], *(rows[1] if do_classifier_free_guidance else (None, None)))
+
+    def _encode_texts(
+        self,
+        name: str,
+        texts: str | list[str] | None,
+        embeds: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        limit: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """States (texts, length, text_dim) and bool mask of texts, or those that were given, checked."""
+        if embeds is not None:
+            return embeds, self.transformer.check_text(embeds, mask, len(embeds))
+        if mask is not None:
+            raise ValueError(f"`{name}_attention_mask` goes with `{name}_embeds`, not with `{name}`.")
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts) or not texts:
+            raise ValueError(f"`{name}` has to be a text or a list of texts, got {texts!r}.")
+        is_null = [not text.strip() for text in texts]
+        if all(is_null):
+            width = self.transformer.config.text_dim
+            return torch.zeros(len(texts), 1, width), torch.zeros(len(texts), 1, dtype=torch.bool)
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError(
+                f"`{name}` needs the pipeline's `text_encoder` and `tokenizer`, of which there are none here: give "
+                f"them to `from_pretrained`, or give `{name}_embeds`."
+            )
+        inputs = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        self._warn_of_cuts(name, texts, inputs.input_ids, limit)
+        device = self._execution_device
+        mask = inputs.attention_mask.to(device)
+        embeds = self.text_encoder(input_ids=inputs.input_ids.to(device), attention_mask=mask).last_hidden_state
+        return embeds, mask.bool() & ~torch.tensor(is_null, device=device)[:, None]
+
+    def _warn_of_cuts(self, name: str, texts: list[str], input_ids: torch.Tensor, limit: int) -> None:
+        for text, ids, kept in zip(texts, self.tokenizer(list(texts)).input_ids, input_ids.tolist(), strict=True):
+            if len(ids) > limit:
+                special = set(self.tokenizer.all_special_ids)
+                count = sum(number not in special for number in kept)
+                own = [number for number in ids if number not in special]
+                logger.warning(
+                    f"`{name}` {text[:40]!r} has more than {limit} tokens and was cut before "
+                    f"{self.tokenizer.decode(own[count:])!r}."
+                )
+
+    def _count_prompts(
+        self, prompt: Any, prompt_embeds: Any, negative_prompt: Any, negative_embeds: Any
+    ) -> int | None:
+        """Number of texts; None where there are none."""
+        if prompt is None and prompt_embeds is None:
+            if negative_prompt is not None or negative_embeds is not None:
+                raise ValueError("`negative_prompt` needs a `prompt`.")
+            return None
+        given = prompt_embeds if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(given, (list, tuple, torch.Tensor)) or len(given) == 0:
+            raise ValueError(f"`prompt` has to be a text or a list of texts, got {given!r}.")
+        return len(given)
+
+    def _make_text_context(self, texts: tuple | None, guided: bool) -> TextContext | None:
+        """The texts of all rows: those of the pictures, then those to be guided away from."""
+        if texts is None:
+            return None
+        embeds, mask, negative_embeds, negative_mask = texts
+        if not guided:
+            return TextContext(embeds, mask)
+        length = max(embeds.shape[1], negative_embeds.shape[1])
+        rows = [(embeds, mask), (negative_embeds.to(embeds.dtype), negative_mask)]
+        padded = [(pad(one, (0, 0, 0, length - one.shape[1])), pad(m, (0, length - m.shape[1]))) for one, m in rows]
+        return TextContext(*(torch.cat(part) for part in zip(*padded, strict=True)))
