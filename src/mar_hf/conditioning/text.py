@@ -1,16 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts: from the states of any text encoder to what the blocks of a backbone attend to."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..layers import BackboneLayer
 
 
 if TYPE_CHECKING:
     from ..models import BackboneConfig
+
+
+def check_text_encoder(text_encoder: PreTrainedModel, text_dim: int | None) -> None:
+    """Refuse a text encoder that does not fit a model.
+
+    Args:
+        text_encoder (`PreTrainedModel`): of transformers.
+        text_dim (`int`, *optional*): of the model; None: it takes no texts.
+
+    Raises:
+        ValueError: if it has a decoder, or its states are not as wide as the model expects.
+    """
+    config = text_encoder.config
+    if config.is_encoder_decoder:
+        raise ValueError(f"`text_encoder` has to be an encoder alone, not {type(text_encoder).__name__}.")
+    if config.hidden_size != text_dim:
+        raise ValueError(
+            f"`text_encoder` gives states of {config.hidden_size} numbers, but `transformer` takes {text_dim}."
+        )
+
+
+@torch.no_grad()
+def encode_texts(
+    texts: Sequence[str],
+    text_encoder: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    device: torch.device | str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The states of texts, as models take them.
+
+    Args:
+        texts (`Sequence[str]`): the texts; an empty one becomes the null text.
+        text_encoder (`PreTrainedModel`): any whose output has a `last_hidden_state`.
+        tokenizer (`PreTrainedTokenizerBase`): of the text encoder.
+        max_length (`int`): tokens after which a text is cut.
+        device (`torch.device` or `str`, *optional*): where to compute; None means where the text encoder is.
+
+    Returns:
+        two `torch.Tensor`: the states of shape `(texts, length, text_dim)` and a bool mask of shape `(texts, length)`,
+        False for padding and in the whole row of a null text.
+    """
+    device = text_encoder.device if device is None else device
+    inputs = tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    mask = inputs.attention_mask.to(device)
+    states = text_encoder(input_ids=inputs.input_ids.to(device), attention_mask=mask).last_hidden_state
+    is_text = torch.tensor([bool(text.strip()) for text in texts], device=device)
+    return states, mask.bool() & is_text[:, None]
 
 
 class TextAligner(nn.Module):

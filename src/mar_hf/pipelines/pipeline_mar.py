@@ -12,7 +12,7 @@ from diffusers.utils import logging, replace_example_docstring
 from huggingface_hub import create_repo, file_exists
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..conditioning import TextContext
+from ..conditioning import TextContext, check_text_encoder
 from ..generation import (
     GENERATION_ORDERS,
     GUIDANCE_SCHEDULES,
@@ -23,7 +23,7 @@ from ..generation import (
 from ..hub import build_model_card
 from ..models import ARForImageGeneration, MARForImageGeneration, add_context_noise
 from ..tokenizers import ImageTokenizer
-from .prompts import PromptMixin, check_text_encoder
+from .prompts import PromptMixin
 
 
 logger = logging.get_logger(__name__)

@@ -6,31 +6,11 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
-from ..conditioning import TextContext
+from ..conditioning import TextContext, encode_texts
 
 
 logger = logging.get_logger(__name__)
-
-
-def check_text_encoder(text_encoder: PreTrainedModel, text_dim: int | None) -> None:
-    """Refuse a text encoder that does not fit a model.
-
-    Args:
-        text_encoder (`PreTrainedModel`): of transformers.
-        text_dim (`int`, *optional*): of the model; None: it takes no texts.
-
-    Raises:
-        ValueError: if it has a decoder, or its states are not as wide as the model expects.
-    """
-    config = text_encoder.config
-    if config.is_encoder_decoder:
-        raise ValueError(f"`text_encoder` has to be an encoder alone, not {type(text_encoder).__name__}.")
-    if config.hidden_size != text_dim:
-        raise ValueError(
-            f"`text_encoder` gives states of {config.hidden_size} numbers, but `transformer` takes {text_dim}."
-        )
 
 
 class PromptMixin:
@@ -114,8 +94,7 @@ class PromptMixin:
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts) or not texts:
             raise ValueError(f"`{name}` has to be a text or a list of texts, got {texts!r}.")
-        is_null = [not text.strip() for text in texts]
-        if all(is_null):
+        if not any(text.strip() for text in texts):
             width = self.transformer.config.text_dim
             return torch.zeros(len(texts), 1, width), torch.zeros(len(texts), 1, dtype=torch.bool)
         if self.text_encoder is None or self.tokenizer is None:
@@ -123,22 +102,19 @@ class PromptMixin:
                 f"`{name}` needs the pipeline's `text_encoder` and `tokenizer`, of which there are none here: give "
                 f"them to `from_pretrained`, or give `{name}_embeds`."
             )
-        inputs = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        self._warn_of_cuts(name, texts, inputs.input_ids, limit)
-        device = self._execution_device
-        mask = inputs.attention_mask.to(device)
-        embeds = self.text_encoder(input_ids=inputs.input_ids.to(device), attention_mask=mask).last_hidden_state
-        return embeds, mask.bool() & ~torch.tensor(is_null, device=device)[:, None]
+        self._warn_of_cuts(name, texts, limit)
+        return encode_texts(texts, self.text_encoder, self.tokenizer, limit, self._execution_device)
 
-    def _warn_of_cuts(self, name: str, texts: list[str], input_ids: torch.Tensor, limit: int) -> None:
-        for text, ids, kept in zip(texts, self.tokenizer(list(texts)).input_ids, input_ids.tolist(), strict=True):
-            if len(ids) > limit:
-                special = set(self.tokenizer.all_special_ids)
-                count = sum(number not in special for number in kept)
-                own = [number for number in ids if number not in special]
+    def _warn_of_cuts(self, name: str, texts: list[str], limit: int) -> None:
+        whole = self.tokenizer(list(texts)).input_ids
+        kept = self.tokenizer(list(texts), truncation=True, max_length=limit).input_ids
+        special = set(self.tokenizer.all_special_ids)
+        for text, *both in zip(texts, whole, kept, strict=True):
+            words, left = ([number for number in ids if number not in special] for ids in both)
+            if len(words) > len(left):
                 logger.warning(
-                    f"`{name}` {text[:40]!r} has more than {limit} tokens and was cut before "
-                    f"{self.tokenizer.decode(own[count:])!r}."
+                    f"`{name}` {text[:40]!r} has more than {limit} tokens; this was cut off: "
+                    f"{self.tokenizer.decode(words[len(left) :])!r}."
                 )
 
     def _count_prompts(
