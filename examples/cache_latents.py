@@ -6,7 +6,9 @@
 
 `output_dir` holds `shard-<number>.safetensors` with the moments of the posterior of every picture (and of its mirror
 image, with `--random_flip`) and its label, `index.json` with what they were made of, and a copy of the tokenizer.
-The shards do not depend on the number of processes. A run that was stopped goes on with the shards that are missing.
+With `--pretrained_text_encoder` the shards also hold the states of all captions, for training on texts without the
+text encoder. The shards do not depend on the number of processes. A run that was stopped goes on with those that are
+missing.
 """
 
 import hashlib
@@ -22,9 +24,11 @@ from datasets import ClassLabel, Dataset
 from image_data import ImageTransform, load_image_dataset
 from latent_data import DTYPES, INDEX, check_shard, shard_name, shard_sizes
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
+from text_data import caption_choices, check_templates, encode_choices, load_text_encoder
+from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 from training_utils import make_accelerator, parse_arguments
+from transformers import PreTrainedModel
 
 from mar_hf import ImageTokenizer
 from mar_hf.utils import atomic_folder
@@ -39,6 +43,15 @@ class Arguments:
     output_dir: str = field(metadata={"help": "where the latents go"})
     resolution: int = field(default=256, metadata={"help": "side of the pictures in pixels"})
     random_flip: bool = field(default=False, metadata={"help": "keep mirrored pictures too, for training with it"})
+    pretrained_text_encoder: str | None = field(
+        default=None, metadata={"help": "text encoder with its tokenizer, folder or hub id: keep captions as well"}
+    )
+    caption_column: str = field(default="text", metadata={"help": "column of captions: texts, or lists of texts"})
+    caption_templates: list[str] = field(
+        default_factory=lambda: ["{}"],
+        metadata={"help": "each caption is kept in each of them; {} is the caption, {label} the class"},
+    )
+    max_sequence_length: int = field(default=128, metadata={"help": "tokens after which a caption is cut"})
     dtype: str = field(default="float32", metadata={"help": f"of what is stored: {', '.join(DTYPES)}"})
     shard_size: int = field(default=1024, metadata={"help": "pictures a file"})
     batch_size: int = field(default=64, metadata={"help": "pictures encoded at once"})
@@ -48,13 +61,14 @@ class Arguments:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` has to be one of {list(DTYPES)}, got {self.dtype!r}.")
-        for name in ("shard_size", "batch_size"):
+        check_templates(self.caption_templates)
+        for name in ("shard_size", "batch_size", "max_sequence_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
 
 
 def source_digest(dataset: Dataset, root: str) -> str:
-    """Digest of names, sizes and labels of all pictures, in order: pictures themselves are not read."""
+    """Digest of names, sizes, labels and captions of all pictures, in order: pictures themselves are not read."""
     root = os.path.realpath(root)
     digest = hashlib.blake2b(digest_size=16)
     for table in dataset.with_format("arrow").iter(1000):
@@ -66,27 +80,49 @@ def source_digest(dataset: Dataset, root: str) -> str:
             size = os.path.getsize(path) if size is None else size
             name = os.path.relpath(path, root) if path and os.path.isabs(path) else path
             digest.update(f"{name}\t{size}\t{label}\n".encode())
+        if "text" in table.column_names:
+            digest.update(json.dumps(table["text"].to_pylist()).encode())
     return digest.hexdigest()
 
 
 def tokenizer_digest(tokenizer: ImageTokenizer) -> str:
     """Digest of settings and weights."""
     names = ("autoencoder", "patch_size", "normalizer", "shift_factor", "scaling_factor", "quantize")
-    settings = [getattr(tokenizer.config, name) for name in names]
+    return weights_digest(tokenizer, [getattr(tokenizer.config, name) for name in names])
+
+
+def weights_digest(model: torch.nn.Module, settings: list) -> str:
+    """Digest of weights, and of settings that JSON can hold."""
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
-    for name, tensor in sorted(tokenizer.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def build_index(args: Arguments, dataset: Dataset, tokenizer: ImageTokenizer, mixed_precision: str) -> dict[str, Any]:
+def build_index(
+    args: Arguments,
+    dataset: Dataset,
+    tokenizer: ImageTokenizer,
+    text_encoder: PreTrainedModel | None,
+    mixed_precision: str,
+) -> dict[str, Any]:
     """All that decides what the shards hold."""
     if args.resolution % tokenizer.stride:
         raise ValueError(f"`resolution` has to be a multiple of {tokenizer.stride}, got {args.resolution}.")
     side = args.resolution // tokenizer.stride * tokenizer.config.patch_size
     label = dataset.features.get("label")
     moments = ["mean", "std"] if tokenizer.is_variational else ["mean"]
+    texts = {}
+    if text_encoder is not None:
+        if "text" not in dataset.column_names:
+            raise ValueError(f"`train_data_dir` {args.train_data_dir!r} has no captions: no {args.caption_column!r}.")
+        texts = {
+            "text_dim": text_encoder.config.hidden_size,
+            "text_encoder": weights_digest(text_encoder, []),
+            "caption_templates": args.caption_templates,
+            "max_sequence_length": args.max_sequence_length,
+        }
     return {
         "num_examples": len(dataset),
         "shard_size": args.shard_size,
@@ -100,6 +136,7 @@ def build_index(args: Arguments, dataset: Dataset, tokenizer: ImageTokenizer, mi
         "shift_factor": tokenizer.config.shift_factor,
         "tokenizer": tokenizer_digest(tokenizer),
         "source": source_digest(dataset, args.train_data_dir),
+        **texts,
     }
 
 
@@ -109,7 +146,8 @@ def check_index(path: pathlib.Path, index: dict[str, Any]) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} can't be read: {error}") from error
-    other = [f"{name} was {found.get(name)}, is {index[name]}" for name in index if found.get(name) != index[name]]
+    names = [*index, *(name for name in found if name not in index)]
+    other = [f"{n} was {found.get(n)}, is {index.get(n)}" for n in names if found.get(n) != index.get(n)]
     if other:
         raise ValueError(
             f"`output_dir` {str(path.parent)!r} holds latents of another data set, tokenizer or setting "
@@ -132,6 +170,22 @@ def encode(batch: dict[str, Any], tokenizer: ImageTokenizer, index: dict[str, An
     return result
 
 
+@torch.inference_mode()
+def encode_captions(
+    args: Arguments, rows: dict[str, list], class_names: list[str] | None, parts: tuple, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """What a shard keeps of the captions of rows: the states of all texts, and how they belong together."""
+    labels = [class_names[label] for label in rows["label"]] if class_names else [""] * len(rows["text"])
+    pairs = zip(rows["text"], labels, strict=True)
+    choices = [caption_choices(captions, args.caption_templates, label) for captions, label in pairs]
+    states = encode_choices(choices, *parts, args.max_sequence_length)
+    return {
+        "texts": torch.tensor([len(own) for own in choices]),
+        "text_lengths": torch.tensor([len(text) for own in states for text in own]),
+        "text_states": torch.cat([text for own in states for text in own]).to(dtype),
+    }
+
+
 def write_shard(path: pathlib.Path, batches: list[dict[str, torch.Tensor]]) -> None:
     """Write a shard, whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
@@ -144,14 +198,22 @@ def write_shard(path: pathlib.Path, batches: list[dict[str, torch.Tensor]]) -> N
         partial.unlink(missing_ok=True)
 
 
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch; captions stay lists."""
+    texts = {"text": [row.pop("text") for row in rows]} if "text" in rows[0] else {}
+    return {**default_collate(rows), **texts}
+
+
 def main(args: Arguments) -> None:
     """Encode what is not encoded yet."""
     accelerator = make_accelerator(mixed_precision=args.mixed_precision)
     folder = pathlib.Path(args.output_dir)
     with accelerator.main_process_first():
-        dataset = load_image_dataset(args.train_data_dir, caption_column=None)
+        with_texts = args.pretrained_text_encoder is not None
+        dataset = load_image_dataset(args.train_data_dir, args.caption_column if with_texts else None)
+    texts = load_text_encoder(args.pretrained_text_encoder) if with_texts else (None, None)
     tokenizer = ImageTokenizer.from_pretrained(args.pretrained_tokenizer)
-    index = build_index(args, dataset, tokenizer, accelerator.mixed_precision)
+    index = build_index(args, dataset, tokenizer, texts[0], accelerator.mixed_precision)
     if (folder / INDEX).exists():
         check_index(folder / INDEX, index)
     accelerator.wait_for_everyone()
@@ -175,8 +237,11 @@ def main(args: Arguments) -> None:
         dataset.with_transform(ImageTransform(args.resolution)),
         batch_sampler=[rows for _, rows in batches],
         num_workers=args.dataloader_num_workers,
+        collate_fn=collate,
     )
     tokenizer.to(accelerator.device)
+    if with_texts:
+        texts[0].to(accelerator.device)
     done: list[dict[str, torch.Tensor]] = []
     progress = tqdm(
         zip(batches, loader, strict=True), total=len(batches), disable=not accelerator.is_local_main_process
@@ -184,6 +249,10 @@ def main(args: Arguments) -> None:
     for (number, rows), batch in progress:
         with accelerator.autocast():
             done.append(encode(batch, tokenizer, index))
+            if with_texts:
+                captions = {"text": batch["text"], "label": batch["label"].tolist()}
+                dtype = DTYPES[index["dtype"]][1]
+                done[-1] |= encode_captions(args, captions, index["class_names"], texts, dtype)
         if rows[-1] == number * args.shard_size + sizes[number] - 1:
             write_shard(folder / shard_name(number), done)
             done = []

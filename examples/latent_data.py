@@ -56,6 +56,11 @@ def check_shard(folder: pathlib.Path, index: dict[str, Any], number: int) -> str
     count = shard_sizes(index)[number]
     expected = {name: (DTYPES[index["dtype"]][0], [count, *index["latent_shape"]]) for name in index["tensors"]}
     expected["label"] = ("I64", [count])
+    text_dim, ragged = index.get("text_dim"), {}
+    if text_dim is not None:
+        expected["texts"] = ("I64", [count])
+        # How many texts and states there are, only the shard knows.
+        ragged = {"text_lengths": ("I64", []), "text_states": (DTYPES[index["dtype"]][0], [text_dim])}
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
@@ -64,14 +69,21 @@ def check_shard(folder: pathlib.Path, index: dict[str, Any], number: int) -> str
         return f"{path} is missing"
     except (OSError, SafetensorError) as error:
         return f"{path} is truncated or no safetensors file ({error})"
-    return None if found == expected else f"{path} holds {found}, not {expected}"
+    kinds = {name: (found[name][0], found[name][1][1:]) for name in ragged.keys() & found.keys()}
+    whole = {name: kind for name, kind in found.items() if name not in ragged} == expected and kinds == ragged
+    return None if whole else f"{path} holds {found}, not {expected | ragged}"
+
+
+def _starts(sizes: torch.Tensor) -> torch.Tensor:
+    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
 
 
 class CachedLatents(Dataset):
     """The shards of `cache_latents.py`, mapped into memory: only what is asked for is read.
 
     Rows are dictionaries of `mean` and `std` (c, h, w) in float32, as `ImageTokenizer.encode_moments` returned them,
-    `mean_flipped` and `std_flipped` of the mirrored picture where `has_flipped`, and `label`.
+    `mean_flipped` and `std_flipped` of the mirrored picture where `has_flipped`, `label`, and `prompt_embeds` where
+    there is a `text_dim`: for each text the states (length, text_dim) of the text encoder.
 
     Args:
         path (`str`): the cache.
@@ -94,6 +106,7 @@ class CachedLatents(Dataset):
         self.resolution: int | None = self.index["resolution"]
         self.latent_shape = tuple(self.index["latent_shape"])
         self.has_flipped = "mean_flipped" in self.index["tensors"]
+        self.text_dim: int | None = self.index.get("text_dim")
         self._shards: dict[int, dict[str, torch.Tensor]] = {}
 
     def __len__(self) -> int:
@@ -109,13 +122,26 @@ class CachedLatents(Dataset):
             # Tensors that are read whole are views of the mapped file; they outlive the handle.
             with safe_open(self.folder / shard_name(number), framework="pt") as file:
                 self._shards[number] = {name: file.get_tensor(name) for name in file.keys()}
+            if self.text_dim is not None:
+                shard = self._shards[number]
+                # Where each picture's texts and each text's states begin.
+                shard["first_text"] = _starts(shard["texts"])
+                shard["first_state"] = _starts(shard["text_lengths"])
         shard = self._shards[number]
         moments = {name: shard[name][row].float() for name in self.index["tensors"]}
         for name in ("mean", "mean_flipped"):
             # Autoencoders without a posterior have no deviation to store.
             if name in moments and name.replace("mean", "std") not in moments:
                 moments[name.replace("mean", "std")] = torch.zeros(()).expand(self.latent_shape)
-        return {**moments, "label": int(shard["label"][row])}
+        return {**moments, **self._texts(shard, row), "label": int(shard["label"][row])}
+
+    def _texts(self, shard: dict[str, torch.Tensor], row: int) -> dict[str, list[torch.Tensor]]:
+        if self.text_dim is None:
+            return {}
+        first, last = shard["first_text"][row : row + 2].tolist()
+        bounds = shard["first_state"][first : last + 1].tolist()
+        pieces = zip(bounds, bounds[1:], strict=False)
+        return {"prompt_embeds": [shard["text_states"][start:end].float() for start, end in pieces]}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         return [self[index] for index in indices]
@@ -142,6 +168,7 @@ class OriginalLatents(Dataset):
         self.class_names: list[str] | None = names
         self.labels = {name: number for number, name in enumerate(names or [])}
         self.resolution: int | None = None
+        self.text_dim: int | None = None
         first = self[0]
         self.latent_shape = tuple(first["mean"].shape)
         self.has_flipped = "mean_flipped" in first
@@ -175,7 +202,8 @@ def load_latents(path: str) -> CachedLatents | OriginalLatents:
 
     Returns:
         `torch.utils.data.Dataset`: rows are dictionaries; `class_names` (`list[str]`, or None), `resolution` (`int`,
-            or None where the cache does not say), `latent_shape` (c, h, w) and `has_flipped` describe them.
+            or None where the cache does not say), `latent_shape` (c, h, w), `has_flipped` and `text_dim` (None where
+            there are no texts) describe them.
 
     Raises:
         ValueError: if there is no cache, or it is not whole.

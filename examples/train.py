@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train or fine-tune a class-conditional model on a folder of pictures or on cached latents.
+"""Train or fine-tune a model of classes or texts on a folder of pictures or on cached latents.
 
     accelerate launch examples/train.py --config examples/configs/emoji.json --train_data_dir data/emoji \\
         --pretrained_tokenizer out/tokenizer --output_dir out/mar
@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,7 @@ from huggingface_hub import HfApi
 from image_data import ImageTransform, load_image_dataset
 from latent_data import load_latents
 from PIL import Image
+from text_data import check_templates, load_text_encoder
 from training_utils import (
     Collator,
     PositionedDataset,
@@ -49,7 +51,7 @@ from training_utils import (
     training_loop,
     write_curves,
 )
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mar_hf import (
     ImageTokenizer,
@@ -59,6 +61,8 @@ from mar_hf import (
     TokenDDPMScheduler,
     build_model_card,
 )
+from mar_hf.cli import draw_grid
+from mar_hf.conditioning import check_text_encoder, encode_texts
 from mar_hf.generation import TOKEN_SCHEDULES, look_up
 from mar_hf.models import BACKBONES
 from mar_hf.utils import atomic_folder
@@ -89,6 +93,20 @@ class Arguments:
         default=None, metadata={"help": "image tokenizer, folder or hub id; default: that of the pipeline, or pixels"}
     )
     patch_size: int = field(default=4, metadata={"help": "pixels along a token's side, without a tokenizer"})
+
+    pretrained_text_encoder: str | None = field(
+        default=None,
+        metadata={
+            "help": "text encoder with its tokenizer, folder or hub id: trains on the captions of the data, and is "
+            "saved with the pipeline; default: that of the pipeline. Not needed with texts that were cached"
+        },
+    )
+    caption_column: str = field(default="text", metadata={"help": "column of captions: texts, or lists of texts"})
+    caption_templates: list[str] = field(
+        default_factory=lambda: ["{}"],
+        metadata={"help": "one is drawn for each caption that is drawn; {} is the caption, {label} the class"},
+    )
+    ignore_classes: bool = field(default=False, metadata={"help": "the model shall know no classes"})
 
     pretrained_model_name_or_path: str | None = field(
         default=None, metadata={"help": "pipeline to fine-tune, folder or hub id; its classes may be others"}
@@ -159,11 +177,12 @@ class Arguments:
                 raise ValueError(f"`{name}` has to be a JSON object: {error}") from error
             if not isinstance(settings, dict):
                 raise ValueError(f"`{name}` has to be a JSON object, got {settings!r}.")
+        check_templates(self.caption_templates)
         if self.pretrained_model_name_or_path and json.loads(self.model_config).keys() & {"preset", "model_type"}:
             raise ValueError("`model_config` can't change `preset` or `model_type` of a pretrained model.")
 
 
-def load_data(args: Arguments, path: str | None) -> tuple[torch.utils.data.Dataset, list[str] | None]:
+def load_data(args: Arguments, path: str | None, captions: bool) -> tuple[torch.utils.data.Dataset, list[str] | None]:
     """The examples, and the names of their classes: pictures, or latents where the folder holds such."""
     if path is None:
         raise ValueError("`train_data_dir` has to be given.")
@@ -176,11 +195,21 @@ def load_data(args: Arguments, path: str | None) -> tuple[torch.utils.data.Datas
             raise ValueError(f"`resolution` {args.resolution} has to be that of the latents: {dataset.resolution}.")
         if args.random_flip and not dataset.has_flipped:
             raise ValueError("`random_flip` needs latents that were cached with `--random_flip`.")
-        return dataset, dataset.class_names
-    dataset = load_image_dataset(path)
+        return dataset, None if args.ignore_classes else dataset.class_names
+    dataset = load_image_dataset(path, args.caption_column if captions else None)
+    if captions and "text" not in dataset.column_names:
+        raise ValueError(f"`train_data_dir` {path!r} has no captions: no column {args.caption_column!r}.")
     feature = dataset.features.get("label")
-    names = feature.names if isinstance(feature, ClassLabel) else None
+    names = feature.names if isinstance(feature, ClassLabel) and not args.ignore_classes else None
     return dataset.with_transform(ImageTransform(args.resolution)), names
+
+
+def text_encoder_source(args: Arguments) -> str | None:
+    """Folder or hub id of the text encoder; None where nobody names one."""
+    if args.pretrained_text_encoder is not None or args.pretrained_model_name_or_path is None:
+        return args.pretrained_text_encoder
+    index = MARPipeline.load_config(args.pretrained_model_name_or_path)
+    return args.pretrained_model_name_or_path if (index.get("text_encoder") or [None])[0] else None
 
 
 def tokenizer_source(args: Arguments) -> tuple[str, str] | None:
@@ -228,10 +257,14 @@ def load_tokenizer(args: Arguments, dataset: torch.utils.data.Dataset, weights: 
     return ImageTokenizer(config).eval()
 
 
-def build_model(args: Arguments, tokenizer: ImageTokenizer, names: list[str] | None) -> PreTrainedModel:
+def build_model(
+    args: Arguments, tokenizer: ImageTokenizer, names: list[str] | None, text_dim: int | None
+) -> PreTrainedModel:
     """A backbone with its head: with random weights, or those of the pipeline that is fine-tuned."""
     settings = json.loads(args.model_config)
-    num_classes = len(names) if names else 1
+    if text_dim is not None:
+        settings["text_dim"] = text_dim
+    num_classes = count_classes(names, settings)
     if args.pretrained_model_name_or_path is not None:
         return fine_tuned_model(args, settings, names)
     if args.resolution % tokenizer.stride:
@@ -255,18 +288,38 @@ def fine_tuned_model(args: Arguments, settings: dict, names: list[str] | None) -
     config = model_class.config_class.from_pretrained(source, subfolder="transformer")
     # Made anew, so that changed settings are checked.
     config = type(config).from_dict({**config.to_dict(), **settings})
-    model = model_class.from_pretrained(source, subfolder="transformer", dtype=torch.float32, config=config)
+    model = load_weights(model_class, source, config)
     old = {name: int(number) for number, name in (index.get("id2label") or {}).items()}
-    num_classes = len(names) if names else 1
+    num_classes = count_classes(names, config.to_dict())
     same = not names or not old or all(old.get(name) == number for number, name in enumerate(names))
     if num_classes == model.config.num_classes and same:
         return model
     table = model.get_parameter("model.class_embedding.weight").detach()
     # A new class starts as the mean of the old ones. Row `num_classes` is no class.
-    rows = [table[old[name]] if name in old else table[:-1].mean(0) for name in names or ["any"]]
+    rows = [table[old[name]] if name in old else table[:-1].mean(0) for name in names or ["any"] * num_classes]
     embedding = torch.nn.Embedding(num_classes + 1, table.shape[1], _weight=torch.stack([*rows, table[-1]]))
     model.model.class_embedding = embedding
     model.config.num_classes = num_classes
+    return model
+
+
+def count_classes(names: list[str] | None, settings: dict) -> int:
+    """Classes of a model. Where there is nothing to tell pictures by, they are one class without a name."""
+    return len(names) if names else int(settings.get("text_dim") is None)
+
+
+def load_weights(model_class: type[PreTrainedModel], source: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """A pipeline's model; what attends to texts may be new, and starts as the identity."""
+    settings = {"subfolder": "transformer", "dtype": torch.float32, "config": config}
+    old = type(config).from_pretrained(source, subfolder="transformer")
+    if config.text_dim is None or old.text_dim is not None:
+        return model_class.from_pretrained(source, **settings)
+    model, report = model_class.from_pretrained(
+        source, **settings, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    missing = {name for name in report["missing_keys"] if not re.search(r"\.(text_aligner|context_\w+)\.", name)}
+    if wrong := sorted([*missing, *report["unexpected_keys"], *(key for key, *_ in report["mismatched_keys"])]):
+        raise ValueError(f"The weights of {source} do not fit its configuration: {', '.join(wrong)}.")
     return model
 
 
@@ -327,6 +380,19 @@ def encode(
     return tokenizer.encode(pictures, generator=generators).tokens, labels
 
 
+@torch.no_grad()
+def text_inputs(
+    batch: dict[str, Any], text_encoder: PreTrainedModel | None, tokenizer: Any, limit: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """What the model is told of a batch's captions: nothing where there are none."""
+    if "text" in batch:
+        embeds, mask = encode_texts(batch["text"], text_encoder, tokenizer, limit)
+        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+    names = ("prompt_embeds", "prompt_attention_mask")
+    # Texts that were cached with more tokens are cut, as those of pictures are.
+    return {name: batch[name][:, :limit].to(device, non_blocking=True) for name in names if name in batch}
+
+
 class Trainer:
     """A run: what `main` needs at every step.
 
@@ -348,14 +414,17 @@ class Trainer:
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         set_seed(args.seed)
-        self.dataset, self.names = load_data(args, args.train_data_dir)
+        source = text_encoder_source(args)
+        self.text_encoder, self.text_tokenizer = (None, None) if source is None else load_text_encoder(source)
+        self.dataset, self.names = load_data(args, args.train_data_dir, captions=source is not None)
         self.validation_dataset = self.dataset
         if args.validation_data_dir is not None:
-            self.validation_dataset, names = load_data(args, args.validation_data_dir)
+            self.validation_dataset, names = load_data(args, args.validation_data_dir, captions=source is not None)
             if names != self.names:
                 raise ValueError(f"`validation_data_dir` has the classes {names}, not {self.names}.")
             if hasattr(self.validation_dataset, "with_transform") != hasattr(self.dataset, "with_transform"):
                 raise ValueError("`validation_data_dir` has to hold what `train_data_dir` does: pictures or latents.")
+        self.collate = Collator(args.seed, args.random_flip, args.random_shift, args.caption_templates, self.names)
         global_batch = args.train_batch_size * accelerator.num_processes
         if len(self.dataset) < global_batch:
             raise ValueError(f"{len(self.dataset)} examples are fewer than a batch of all processes: {global_batch}.")
@@ -363,7 +432,13 @@ class Trainer:
         self.tokenizer = load_tokenizer(args, self.dataset, weights=not self.from_latents)
         if not self.from_latents:
             self.tokenizer.to(accelerator.device)
-        model = build_model(args, self.tokenizer, self.names)
+        text_dim = self.dataset.text_dim if self.from_latents else None
+        if self.text_encoder is not None:
+            text_dim = text_dim or self.text_encoder.config.hidden_size
+            check_text_encoder(self.text_encoder, text_dim)
+            if not self.from_latents:
+                self.text_encoder.to(accelerator.device)
+        model = build_model(args, self.tokenizer, self.names, text_dim)
         self.model_class, self.config, self.bare_model = type(model), model.config, model
         needs_weights = self.from_latents and model.head.uses_codebook
         tokenizer = load_tokenizer(args, self.dataset, weights=True) if needs_weights else self.tokenizer
@@ -445,8 +520,14 @@ class Trainer:
             class_labels=labels if self.names else None,
             noise_scheduler=self.noise_scheduler,
             generator=generators,
+            **self.text_inputs(batch, device),
             **draw_inputs(self.args, self.bare_model, generators, batch_number, device, rank, progress),
         ).loss
+
+    def text_inputs(self, batch: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+        """What the model is told of a batch's captions."""
+        limit = self.config.num_text_tokens
+        return text_inputs(batch, self.text_encoder, self.text_tokenizer, limit, device)
 
     def step(self, batches: Sequence[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step from as many batches as are accumulated: (loss, norm of the gradient), no waiting."""
@@ -501,6 +582,8 @@ class Trainer:
             transformer=model,
             vae=tokenizer,
             scheduler=self.noise_scheduler,
+            text_encoder=self.text_encoder,
+            tokenizer=self.text_tokenizer,
             id2label=dict(enumerate(self.names)) if self.names else None,
             generation_defaults=self.generation_defaults,
         )
@@ -509,12 +592,11 @@ class Trainer:
     def validation_loss(self, model: PreTrainedModel) -> float:
         """Loss of averaged weights without dropout, always on the same (at most 256) examples with the same draws."""
         args, dataset, losses = self.args, PositionedDataset(self.validation_dataset), []
-        collate = Collator(args.seed, args.random_flip, args.random_shift)
         chosen = torch.linspace(0, len(dataset) - 1, min(256, len(dataset))).long().tolist()
         keys = [(index, number) for number, index in enumerate(chosen)]
         # Not `train_batch_size`: the loss should not depend on the number of processes.
         for first in range(0, len(keys), 32):
-            batch = collate(dataset.__getitems__(keys[first : first + 32]))
+            batch = self.collate(dataset.__getitems__(keys[first : first + 32]))
             generators = example_generators(args.seed, batch["position"], model.device, stream=3)
             tokens, labels = encode(batch, self.tokenizer, generators, model.device)
             output = model(
@@ -522,6 +604,7 @@ class Trainer:
                 class_labels=labels if self.names else None,
                 noise_scheduler=self.noise_scheduler,
                 generator=generators,
+                **self.text_inputs(batch, model.device),
                 **draw_inputs(args, model, generators, first, model.device),
             )
             losses += [output.loss] * len(tokens)
@@ -529,6 +612,8 @@ class Trainer:
 
     def sample_grid(self, pipe: MARPipeline) -> Image.Image:
         """A row of samples for each of at most 40 classes, or one row; the same seeds every time."""
+        if self.config.text_dim is not None:
+            return self.sample_texts(pipe)
         columns = self.args.validation_images
         rows = min(40, len(self.names)) if self.names else 1
         classes = torch.linspace(0, len(self.names or "-") - 1, rows).long().tolist()
@@ -541,6 +626,22 @@ class Trainer:
                 num_images_per_prompt=1 if self.names else len(labels),
                 generator=[torch.Generator().manual_seed(number) for number in numbers],
             ).images
+        return make_image_grid(images, rows=rows, cols=columns, resize=max(64, self.args.resolution))
+
+    def sample_texts(self, pipe: MARPipeline) -> Image.Image:
+        """A row of samples for the captions of each of at most 16 examples; the same seeds every time."""
+        columns, rows = self.args.validation_images, min(16, len(self.validation_dataset))
+        chosen = torch.linspace(0, len(self.validation_dataset) - 1, rows).long().tolist()
+        keys = [(index, number) for number, index in enumerate(chosen)]
+        batch = self.collate(PositionedDataset(self.validation_dataset).__getitems__(keys))
+        images = pipe(
+            class_labels=batch["label"].tolist() if self.names else None,
+            **self.text_inputs(batch, pipe.device),
+            num_images_per_prompt=columns,
+            generator=[torch.Generator().manual_seed(number) for number in range(rows * columns)],
+        ).images
+        if "text" in batch:
+            return draw_grid(images, batch["text"])
         return make_image_grid(images, rows=rows, cols=columns, resize=max(64, self.args.resolution))
 
     def validate(self) -> None:
@@ -578,7 +679,10 @@ class Trainer:
             grid.save(pathlib.Path(target, "samples.png"))
             shutil.copy(folder / "loss.png", target)
             name = self.args.hub_model_id or str(folder / "pipeline")
-            card = build_model_card(name, self.description(), class_names=self.names)
+            example = {}
+            if self.text_encoder is not None and not self.from_latents:
+                example["example_prompt"] = self.dataset[0]["text"][0]
+            card = build_model_card(name, self.description(), class_names=self.names, **example)
             card.save(pathlib.Path(target, "README.md"))
 
     def description(self) -> str:

@@ -43,6 +43,7 @@ from reconstruction_losses import PatchDiscriminator, PerceptualLoss, discrimina
 from torch.func import functional_call
 from torch.utils.data import DataLoader
 from training_utils import (
+    Collator,
     Progress,
     check_finite,
     check_output_dir,
@@ -266,6 +267,7 @@ class Trainer:
         transform = ImageTransform(args.resolution)
         load = partial(load_image_dataset, caption_column=None)
         self.dataset = load(args.train_data_dir).with_transform(transform)
+        self.collate = Collator(args.seed, args.random_flip, args.random_shift)
         folders = [pathlib.Path(args.train_data_dir, name) for name in HELD_OUT]
         held_out = args.validation_data_dir or next((str(folder) for folder in folders if folder.is_dir()), None)
         self.held_out = load(held_out).with_transform(transform) if held_out else None

@@ -22,6 +22,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from image_data import augment
+from text_data import caption_choices
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -180,19 +182,38 @@ def example_generators(
 class Collator:
     """Rows to a batch, augmented; picklable, so that it runs where examples are read.
 
+    Of the captions of a row (`text`, or the states of a text encoder as `prompt_embeds`) one is drawn.
+
     Args:
         seed (`int`): of the run.
         random_flip (`bool`): mirror half of the pictures.
         random_shift (`int`): shift pictures by up to so many pixels.
+        templates (`Sequence[str]`, *optional*, defaults to `("{}",)`): what captions are put into.
+        class_names (`list[str]`, *optional*): for templates that name the class.
     """
 
-    def __init__(self, seed: int, random_flip: bool, random_shift: int):
+    def __init__(
+        self,
+        seed: int,
+        random_flip: bool,
+        random_shift: int,
+        templates: Sequence[str] = ("{}",),
+        class_names: list[str] | None = None,
+    ):
         self.seed = seed
         self.random_flip = random_flip
         self.random_shift = random_shift
+        self.templates = templates
+        self.class_names = class_names
 
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict]) -> dict[str, Any]:
+        ragged = [{name: row.pop(name) for name in ("text", "prompt_embeds") if name in row} for row in rows]
+        for choices, row in zip(ragged, rows, strict=True):
+            if "text" in choices:
+                label = self.class_names[row["label"]] if self.class_names else ""
+                choices["text"] = caption_choices(choices["text"], self.templates, label)
         batch = default_collate(rows)
+        batch |= self.draw_captions(ragged, batch["position"])
         generators = example_generators(self.seed, batch["position"], stream=1)
         if "pixel_values" in batch:
             return {
@@ -205,6 +226,28 @@ class Collator:
             chosen = chosen[:, None, None, None]
             batch |= {name: torch.where(chosen, value, batch[name]) for name, value in mirrored.items()}
         return batch
+
+    def draw_captions(self, rows: list[dict], positions: torch.Tensor) -> dict[str, Any]:
+        """One caption of each row, by the row's own generator.
+
+        Args:
+            rows (`list[dict]`): lists of choices, as `text` or `prompt_embeds`; or empty ones.
+            positions (`torch.Tensor` of shape `(batch,)`): of the rows.
+
+        Returns:
+            `dict`: `text`, a list; `prompt_embeds` of shape `(batch, length, text_dim)` with a `prompt_attention_mask`
+            of shape `(batch, length)`; or nothing.
+        """
+        chosen = {}
+        generators = example_generators(self.seed, positions, stream=-2)
+        for name in rows[0]:
+            draws = [torch.randint(len(row[name]), (), generator=g) for row, g in zip(rows, generators, strict=True)]
+            chosen[name] = [row[name][number] for row, number in zip(rows, draws, strict=True)]
+        if "prompt_embeds" in chosen:
+            lengths = torch.tensor([len(states) for states in chosen["prompt_embeds"]])
+            chosen["prompt_embeds"] = pad_sequence(chosen["prompt_embeds"], batch_first=True)
+            chosen["prompt_attention_mask"] = torch.arange(int(lengths.max())) < lengths[:, None]
+        return chosen
 
 
 class Progress:
@@ -455,7 +498,7 @@ def make_batches(trainer: Any) -> DataLoader:
     return DataLoader(
         PositionedDataset(trainer.dataset),
         batch_sampler=TrainingBatches(size, args.train_batch_size, args.seed, rank, world_size, start),
-        collate_fn=Collator(args.seed, args.random_flip, args.random_shift),
+        collate_fn=trainer.collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
         # Its own: an iterator over batches takes a number from the global state, which dropout draws from.
@@ -480,8 +523,8 @@ def training_loop(trainer: Any) -> None:
     """Step until `max_train_steps`, noting losses, validating and saving checkpoints when the settings say so.
 
     Args:
-        trainer (`Any`): has `args`, `accelerator`, `dataset`, `ema` and `progress`; `step(batches)`, `flush(steps)`,
-            which notes what the last steps returned and gives a row of numbers, and `validate()`.
+        trainer (`Any`): has `args`, `accelerator`, `dataset`, `collate`, `ema` and `progress`; `step(batches)`,
+            `flush(steps)`, which notes what the last steps returned and gives a row of numbers, and `validate()`.
     """
     args, accelerator, progress = trainer.args, trainer.accelerator, trainer.progress
     steps, batches = [], iter(make_batches(trainer))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model cards that load with this package."""
 
+import json
+
 from huggingface_hub import ModelCard, ModelCardData
 
 
@@ -10,6 +12,7 @@ def build_model_card(
     license: str | None = None,
     class_names: list[str] | None = None,
     example_class: int | str | None = 0,
+    example_prompt: str | None = None,
 ) -> ModelCard:
     """A card whose snippet runs.
 
@@ -20,6 +23,7 @@ def build_model_card(
         license (`str`, *optional*): the licence's identifier on the hub.
         class_names (`list[str]`, *optional*): names of the classes, listed in the card where there are at most 100.
         example_class (`int` or `str`, *optional*, defaults to 0): the class in the snippet; None: unconditional.
+        example_prompt (`str`, *optional*): the text in the snippet, in place of a class, of a model that takes texts.
 
     Returns:
         `huggingface_hub.ModelCard`: YAML header and text.
@@ -27,10 +31,12 @@ def build_model_card(
     data = ModelCardData(
         license=license,
         library_name="mar_hf",
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag="unconditional-image-generation" if example_prompt is None else "text-to-image",
         tags=["mar_hf", "diffusers", "autoregressive-image-generation", "image-generation"],
     )
     call = "pipe()" if example_class is None else f"pipe(class_labels=[{example_class!r}])"
+    if example_prompt is not None:
+        call = f"pipe(prompt={json.dumps(example_prompt, ensure_ascii=False)})"
     name = repo_id.rstrip("/").split("/")[-1]
     parts = [f"---\n{data.to_yaml()}\n---\n\n# {name}\n"]
     parts.append(

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Captions for the training scripts: text encoders, and the texts that a picture's captions give."""
+
+import pathlib
+from collections.abc import Sequence
+
+import torch
+from huggingface_hub import file_exists
+from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mar_hf.conditioning import encode_texts
+
+
+def load_text_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A frozen text encoder with its tokenizer.
+
+    Args:
+        source (`str`): folder or hub id, of a model of transformers with its tokenizer, or of what has both in
+            sub-folders `text_encoder` and `tokenizer`: a pipeline, or what `train_text_encoder.py` wrote.
+
+    Returns:
+        the model, in eval mode and without a decoder, and the tokenizer.
+    """
+    config = pathlib.Path("text_encoder", "config.json")
+    local = pathlib.Path(source).is_dir()
+    nested = (source / config).exists() if local else file_exists(source, config.as_posix())
+    parts = ("text_encoder", "tokenizer") if nested else ("", "")
+    text_encoder = AutoModelForTextEncoding.from_pretrained(source, subfolder=parts[0])
+    return text_encoder.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(source, subfolder=parts[1])
+
+
+def caption_choices(captions: Sequence[str], templates: Sequence[str], label: str = "") -> list[str]:
+    """Every caption in every template.
+
+    Args:
+        captions (`Sequence[str]`): of a picture.
+        templates (`Sequence[str]`): with `{}` for the caption and, where wanted, `{label}` for the class.
+        label (`str`, *optional*, defaults to `""`): name of the class.
+
+    Returns:
+        `list[str]`: the templates of the first caption first.
+    """
+    return [template.format(caption, label=label) for caption in captions for template in templates]
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Refuse templates that can't be filled in.
+
+    Args:
+        templates (`Sequence[str]`): see `caption_choices`.
+
+    Raises:
+        ValueError: if there are none, or one has no place for the caption or an unknown one.
+    """
+    try:
+        lost = not templates or any("\0" not in template.format("\0", label="") for template in templates)
+    except (LookupError, ValueError):
+        lost = True
+    if lost:
+        raise ValueError(
+            f"`caption_templates` has to hold texts with {{}} for the caption, and perhaps {{label}}, got {templates}."
+        )
+
+
+def encode_choices(
+    choices: Sequence[Sequence[str]],
+    text_encoder: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> list[list[torch.Tensor]]:
+    """The states of every text of several pictures, without padding.
+
+    Args:
+        choices (`Sequence[Sequence[str]]`): the texts of each picture.
+        text_encoder (`PreTrainedModel`): the encoder.
+        tokenizer (`PreTrainedTokenizerBase`): of the encoder.
+        max_length (`int`): tokens after which a text is cut.
+
+    Returns:
+        `list[list[torch.Tensor]]`: for each text of each picture its states, of shape `(length, text_dim)`.
+    """
+    flat = [text for texts in choices for text in texts]
+    states, mask = encode_texts(flat, text_encoder, tokenizer, max_length)
+    texts = iter([one[kept] for one, kept in zip(states.cpu(), mask.cpu(), strict=True)])
+    return [[next(texts) for _ in range(len(own))] for own in choices]

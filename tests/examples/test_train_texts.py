@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training on captions: from pictures and from a cache, warm starts, resuming; the captions that are drawn."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import NO_DROPOUT, equal, losses, run, weights, write_pictures
+
+from example_runs import SIZES, forget_accelerate
+from mar_hf import MARPipeline
+from snippets import ROOT
+from tiny_texts import TEXT_DIM, tiny_text_encoder, tiny_text_tokenizer
+
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+import cache_latents  # noqa: E402
+from text_data import caption_choices, check_templates, encode_choices, load_text_encoder  # noqa: E402
+from training_utils import Collator  # noqa: E402
+
+
+CAPTIONS = {"cat": ["a cat", "a small cat"], "clock": ["the clock on the heart"], "heart": ["a red heart", "heart"]}
+TEMPLATES = ["{}", "{label}: {}"]
+TEXT_SIZES = {**SIZES, "text_aligner_layers": 1, "num_text_tokens": 8}
+CAUSAL = {name: value for name, value in TEXT_SIZES.items() if not name.endswith("coder_layers")}
+CAUSAL |= {"model_type": "mar_hf_ar", "num_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """Three classes of five pictures with captions of different numbers and lengths."""
+    folder = tmp_path_factory.mktemp("captioned")
+    write_pictures(folder, list(CAPTIONS), 5)
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
+        for name, captions in CAPTIONS.items():
+            for number in range(5):
+                row = {"file_name": f"{name}/{number}.png", "label": name, "text": captions}
+                file.write(json.dumps(row) + "\n")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A folder with a text encoder and its tokenizer."""
+    folder = tmp_path_factory.mktemp("encoder")
+    tiny_text_encoder().save_pretrained(folder / "text_encoder")
+    tiny_text_tokenizer().save_pretrained(folder / "tokenizer")
+    return str(folder)
+
+
+def text_settings(encoder, **settings):
+    sizes = {"model_config": json.dumps(TEXT_SIZES), "caption_templates": TEMPLATES}
+    return {"pretrained_text_encoder": encoder, **sizes, **settings}
+
+
+@pytest.fixture(scope="module")
+def trained(captioned, encoder, tmp_path_factory):
+    """A run of four steps."""
+    folder = tmp_path_factory.mktemp("trained_on_texts")
+    return run(captioned, folder, **text_settings(encoder, checkpointing_steps=2))
+
+
+def test_the_pipeline_understands_prompts(trained):
+    pipe = MARPipeline.from_pretrained(trained / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.transformer.config.text_dim == TEXT_DIM and pipe.labels.keys() == CAPTIONS.keys()
+    assert pipe.generation_defaults["guidance_schedule"] == "constant"
+    images = [
+        pipe(prompt=text, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        for text in ("a red heart", "a cat", "")
+    ]
+    assert not torch.equal(images[0], images[1]) and not torch.equal(images[1], images[2])
+    card = (trained / "pipeline" / "README.md").read_text(encoding="utf-8")
+    assert "text-to-image" in card and 'pipe(prompt="a cat")' in card
+
+
+def test_the_text_encoder_is_not_trained(trained, encoder):
+    saved = load_file(trained / "pipeline" / "text_encoder" / "model.safetensors")
+    assert equal(saved, load_file(f"{encoder}/text_encoder/model.safetensors"))
+
+
+def test_what_attends_to_texts_is_trained(trained):
+    names = [name for name in weights(trained) if "context_attention.proj.weight" in name]
+    assert len(names) == SIZES["num_encoder_layers"] + SIZES["num_decoder_layers"]
+    assert all(weights(trained)[name].abs().max() > 0 for name in names)
+
+
+def test_a_run_on_texts_is_resumed_to_the_same_bytes(trained, captioned, encoder, tmp_path):
+    run(
+        captioned,
+        tmp_path,
+        **text_settings(encoder, checkpointing_steps=2, max_train_steps=2, lr_scheduler="constant"),
+    )
+    whole = run(captioned, tmp_path / "whole", **text_settings(encoder, lr_scheduler="constant"))
+    settings = text_settings(encoder, lr_scheduler="constant", resume_from_checkpoint="latest")
+    assert equal(weights(run(captioned, tmp_path, **settings)), weights(whole))
+
+
+def test_cached_texts_train_the_same_without_the_text_encoder(captioned, encoder, tmp_path):
+    sizes = json.dumps({**NO_DROPOUT, **TEXT_SIZES, "attention_dropout": 0.0, "hidden_dropout": 0.0})
+    from_pictures = run(captioned, tmp_path / "pictures", **text_settings(encoder, model_config=sizes))
+    cache_latents.main(
+        cache_latents.Arguments(
+            train_data_dir=captioned,
+            pretrained_tokenizer=str(from_pictures / "pipeline" / "vae"),
+            pretrained_text_encoder=encoder,
+            caption_templates=TEMPLATES,
+            max_sequence_length=8,
+            output_dir=str(tmp_path / "cache"),
+            resolution=8,
+            shard_size=4,
+        )
+    )
+    forget_accelerate()
+    from_cache = run(tmp_path / "cache", tmp_path / "cached", model_config=sizes)
+    assert losses(from_cache) == pytest.approx(losses(from_pictures), rel=1e-4)
+    pipe = MARPipeline.from_pretrained(from_cache / "pipeline")
+    assert pipe.text_encoder is None and pipe.transformer.config.text_dim == TEXT_DIM
+    with pytest.raises(ValueError, match="needs the pipeline's `text_encoder`"):
+        pipe(prompt="a cat")
+    # The same texts cut shorter are other texts.
+    with pytest.raises(ValueError, match="max_sequence_length was 8, is 3"):
+        cache_latents.main(
+            cache_latents.Arguments(
+                train_data_dir=captioned,
+                pretrained_tokenizer=str(from_pictures / "pipeline" / "vae"),
+                pretrained_text_encoder=encoder,
+                caption_templates=TEMPLATES,
+                max_sequence_length=3,
+                output_dir=str(tmp_path / "cache"),
+                resolution=8,
+                shard_size=4,
+            )
+        )
+    forget_accelerate()
+
+
+def test_a_model_of_classes_learns_texts(captioned, encoder, tmp_path):
+    classes = run(captioned, tmp_path / "classes", max_train_steps=2)
+    assert MARPipeline.from_pretrained(classes / "pipeline").transformer.config.text_dim is None
+    added = json.dumps({"text_aligner_layers": 1, "num_text_tokens": 8})
+    settings = text_settings(encoder, model_config=added, max_train_steps=1, learning_rate=0.0, patch_size=4)
+    source = str(classes / "pipeline")
+    texts = run(captioned, tmp_path / "texts", pretrained_model_name_or_path=source, **settings)
+    old, new = weights(classes), weights(texts)
+    assert old.keys() < new.keys() and equal(old, {name: new[name] for name in old})
+    # Nothing is added to it yet.
+    pipes = [MARPipeline.from_pretrained(folder / "pipeline") for folder in (classes, texts)]
+    made = []
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+        made.append(
+            pipe(
+                class_labels=["cat"],
+                generator=torch.Generator().manual_seed(0),
+                output_type="pt",
+                guidance_schedule="linear",
+            ).images
+        )
+    assert torch.equal(*made)
+
+
+def test_fine_tuning_takes_the_text_encoder_of_the_pipeline(trained, captioned, tmp_path):
+    source = str(trained / "pipeline")
+    again = run(captioned, tmp_path, pretrained_model_name_or_path=source, model_config="{}", max_train_steps=1)
+    assert MARPipeline.from_pretrained(again / "pipeline").text_encoder is not None
+
+
+@pytest.mark.parametrize("sizes", [TEXT_SIZES, CAUSAL], ids=["mar", "ar"])
+def test_a_model_may_know_texts_alone(captioned, encoder, tmp_path, sizes):
+    settings = text_settings(encoder, model_config=json.dumps(sizes), ignore_classes=True, generation_defaults="{}")
+    folder = run(captioned, tmp_path, max_train_steps=1, **settings)
+    pipe = MARPipeline.from_pretrained(folder / "pipeline")
+    assert pipe.transformer.config.num_classes == 0 and pipe.labels == {}
+    with pytest.raises(ValueError, match="knows no classes"):
+        pipe(class_labels=[0])
+
+
+def test_data_without_captions_is_refused(tmp_path, encoder):
+    pictures = write_pictures(tmp_path / "plain", ["cat", "dog"], 4)
+    with pytest.raises(ValueError, match="has no captions: no column 'text'"):
+        run(pictures, tmp_path / "out", **text_settings(encoder))
+    forget_accelerate()
+
+
+@pytest.mark.parametrize("templates", [[], ["no place"], ["{} {name}"], ["{0} {1}"], ["{"]])
+def test_wrong_templates_are_refused(templates):
+    with pytest.raises(ValueError, match="`caption_templates` has to hold texts with {} for the caption"):
+        check_templates(templates)
+
+
+def test_every_caption_in_every_template():
+    check_templates(TEMPLATES)
+    assert caption_choices(["a", "b"], TEMPLATES, "x") == ["a", "x: a", "b", "x: b"]
+
+
+def test_captions_are_drawn_by_position_and_all_of_them():
+    collate = Collator(0, False, False, TEMPLATES, ["c", "d"])
+
+    def batch(positions):
+        keys = [
+            {"text": ["a", "b"], "label": p % 2, "position": p, "pixel_values": torch.zeros(3, 2, 2)}
+            for p in positions
+        ]
+        return collate(keys)["text"]
+
+    together = batch(range(40))
+    assert together == [batch([position])[0] for position in range(40)]
+    assert set(together[::2]) == {"a", "b", "c: a", "c: b"}
+    assert set(together[1::2]) == {"a", "b", "d: a", "d: b"}
+
+
+def test_choices_are_encoded_without_their_padding(encoder):
+    parts = load_text_encoder(encoder)
+    states = encode_choices([["a cat", "heart"], ["the clock on the heart"]], *parts, 8)
+    assert [[len(text) for text in own] for own in states] == [[3, 2], [6]]
+    alone = encode_choices([["heart"]], *parts, 8)[0][0]
+    torch.testing.assert_close(states[0][1], alone)
+
+
+def test_a_plain_folder_of_a_model_is_a_text_encoder_too(tmp_path):
+    tiny_text_encoder("bert").save_pretrained(tmp_path)
+    tiny_text_tokenizer("bert").save_pretrained(tmp_path)
+    text_encoder, tokenizer = load_text_encoder(str(tmp_path))
+    assert text_encoder.config.hidden_size == TEXT_DIM and not any(p.requires_grad for p in text_encoder.parameters())
+    assert len(tokenizer) == text_encoder.config.vocab_size
