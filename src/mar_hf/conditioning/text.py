@@ -2,17 +2,37 @@
 """Texts: from the states of any text encoder to what the blocks of a backbone attend to."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import file_exists
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..layers import BackboneLayer
 
 
 if TYPE_CHECKING:
     from ..models import BackboneConfig
+
+
+def load_text_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A frozen text encoder with its tokenizer.
+
+    Args:
+        source (`str`): folder or hub id, of a model of transformers with its tokenizer, or of what has both in
+            sub-folders `text_encoder` and `tokenizer`, such as a pipeline.
+
+    Returns:
+        the model, in eval mode and without a decoder, and the tokenizer.
+    """
+    config = Path("text_encoder", "config.json")
+    local = Path(source).is_dir()
+    nested = (source / config).exists() if local else file_exists(source, config.as_posix())
+    parts = ("text_encoder", "tokenizer") if nested else ("", "")
+    text_encoder = AutoModelForTextEncoding.from_pretrained(source, subfolder=parts[0])
+    return text_encoder.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(source, subfolder=parts[1])
 
 
 def check_text_encoder(text_encoder: PreTrainedModel, text_dim: int | None) -> None:
@@ -48,7 +68,7 @@ def encode_texts(
         texts (`Sequence[str]`): the texts; an empty one becomes the null text.
         text_encoder (`PreTrainedModel`): any whose output has a `last_hidden_state`.
         tokenizer (`PreTrainedTokenizerBase`): of the text encoder.
-        max_length (`int`): tokens after which a text is cut.
+        max_length (`int`): tokens after which a text is cut; earlier where the tokenizer has a lower limit.
         device (`torch.device` or `str`, *optional*): where to compute; None means where the text encoder is.
 
     Returns:
@@ -56,6 +76,8 @@ def encode_texts(
         False for padding and in the whole row of a null text.
     """
     device = text_encoder.device if device is None else device
+    # CLIP and BERT know so many positions and no more.
+    max_length = min(max_length, tokenizer.model_max_length)
     inputs = tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
     mask = inputs.attention_mask.to(device)
     states = text_encoder(input_ids=inputs.input_ids.to(device), attention_mask=mask).last_hidden_state
@@ -100,6 +122,8 @@ class TextAligner(nn.Module):
         first = torch.arange(mask.shape[1], device=mask.device) == 0
         mask = mask | (is_null & first)
         states = torch.where(is_null[..., None], self.null_text, prompt_embeds.to(self.null_text.dtype))
+        # What is not seen is still multiplied, by 0: it has to be a number.
+        states = torch.where(mask[..., None], states, 0.0)
         # Places among the text's own tokens, on whichever side the padding is.
         places = (mask.cumsum(1) - 1).clamp(min=0)
         hidden_states = self.proj_norm(self.proj(states)) + self.position_embedding[0][places]

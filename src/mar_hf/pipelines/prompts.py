@@ -43,7 +43,7 @@ class PromptMixin:
                 `negative_prompt`.
             negative_prompt_attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*): likewise.
             max_sequence_length (`int`, *optional*): tokens after which a prompt is cut; None means the model's
-                `num_text_tokens`.
+                `num_text_tokens`, or the tokenizer's limit where that is lower.
 
         Returns:
             four `torch.Tensor`: states of shape `(texts * num_images_per_prompt, length, text_dim)` and bool mask of
@@ -102,19 +102,24 @@ class PromptMixin:
                 f"`{name}` needs the pipeline's `text_encoder` and `tokenizer`, of which there are none here: give "
                 f"them to `from_pretrained`, or give `{name}_embeds`."
             )
+        limit = min(limit, self.tokenizer.model_max_length)
         self._warn_of_cuts(name, texts, limit)
         return encode_texts(texts, self.text_encoder, self.tokenizer, limit, self._execution_device)
 
     def _warn_of_cuts(self, name: str, texts: list[str], limit: int) -> None:
-        whole = self.tokenizer(list(texts)).input_ids
-        kept = self.tokenizer(list(texts), truncation=True, max_length=limit).input_ids
-        special = set(self.tokenizer.all_special_ids)
-        for text, *both in zip(texts, whole, kept, strict=True):
-            words, left = ([number for number in ids if number not in special] for ids in both)
-            if len(words) > len(left):
+        room = limit - self.tokenizer.num_special_tokens_to_add()
+        if room < 1:
+            raise ValueError(
+                f"`max_sequence_length` has to leave room for more than the {limit - room} special tokens of the "
+                f"tokenizer, got {limit}."
+            )
+        # Not by which tokens are special: those of unknown words are, too.
+        whole = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        for text, ids in zip(texts, whole, strict=True):
+            if len(ids) > room:
                 logger.warning(
                     f"`{name}` {text[:40]!r} has more than {limit} tokens; this was cut off: "
-                    f"{self.tokenizer.decode(words[len(left) :])!r}."
+                    f"{self.tokenizer.decode(ids[room:])!r}."
                 )
 
     def _count_prompts(
