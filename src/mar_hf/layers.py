@@ -177,6 +177,9 @@ def attend(
     config, implementation = module.config, module.config._attn_implementation
     if attention_mask is not None and "flash" in implementation:
         implementation = "sdpa"
+    if attention_mask is not None and "flex" in implementation:
+        # It looks each score up in the mask, where nothing may be left to broadcasting.
+        attention_mask = attention_mask.expand(len(query), -1, query.shape[2], -1)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     dropout = config.attention_dropout if module.training else 0.0
     inputs = {"scaling": module.scaling, "dropout": dropout, "is_causal": is_causal}
