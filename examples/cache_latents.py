@@ -24,13 +24,14 @@ from datasets import ClassLabel, Dataset
 from image_data import ImageTransform, load_image_dataset
 from latent_data import DTYPES, INDEX, check_shard, shard_name, shard_sizes
 from safetensors.torch import save_file
-from text_data import caption_choices, check_templates, encode_choices, load_text_encoder
+from text_data import caption_choices, check_templates, encode_choices
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 from training_utils import make_accelerator, parse_arguments
 from transformers import PreTrainedModel
 
 from mar_hf import ImageTokenizer
+from mar_hf.conditioning import load_text_encoder
 from mar_hf.utils import atomic_folder
 
 

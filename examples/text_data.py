@@ -1,32 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captions for the training scripts: text encoders, and the texts that a picture's captions give."""
+"""Captions for the training scripts: the texts that a picture's captions give, and their states."""
 
-import pathlib
 from collections.abc import Sequence
 
 import torch
-from huggingface_hub import file_exists
-from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mar_hf.conditioning import encode_texts
-
-
-def load_text_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A frozen text encoder with its tokenizer.
-
-    Args:
-        source (`str`): folder or hub id, of a model of transformers with its tokenizer, or of what has both in
-            sub-folders `text_encoder` and `tokenizer`: a pipeline, or what `train_text_encoder.py` wrote.
-
-    Returns:
-        the model, in eval mode and without a decoder, and the tokenizer.
-    """
-    config = pathlib.Path("text_encoder", "config.json")
-    local = pathlib.Path(source).is_dir()
-    nested = (source / config).exists() if local else file_exists(source, config.as_posix())
-    parts = ("text_encoder", "tokenizer") if nested else ("", "")
-    text_encoder = AutoModelForTextEncoding.from_pretrained(source, subfolder=parts[0])
-    return text_encoder.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(source, subfolder=parts[1])
 
 
 def caption_choices(captions: Sequence[str], templates: Sequence[str], label: str = "") -> list[str]:

@@ -37,7 +37,7 @@ from huggingface_hub import HfApi
 from image_data import ImageTransform, load_image_dataset
 from latent_data import load_latents
 from PIL import Image
-from text_data import check_templates, load_text_encoder
+from text_data import check_templates
 from training_utils import (
     Collator,
     PositionedDataset,
@@ -62,7 +62,7 @@ from mar_hf import (
     build_model_card,
 )
 from mar_hf.cli import draw_grid
-from mar_hf.conditioning import check_text_encoder, encode_texts
+from mar_hf.conditioning import check_text_encoder, encode_texts, load_text_encoder
 from mar_hf.generation import TOKEN_SCHEDULES, look_up
 from mar_hf.models import BACKBONES
 from mar_hf.utils import atomic_folder

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from mar_hf import ARConfig, ImageTokenizerConfig, MARPipeline
 from mar_hf.cli import CELL, choose_classes, draw_grid, image_generator, main
 from mar_hf.conversion import convert_checkpoint
+from tiny_pipelines import tiny_pipeline, tiny_transformer
+from tiny_texts import TEXT, tiny_text_encoder, tiny_text_tokenizer
 
 
 DATA = Path(__file__).parent / "parity" / "data" / "mar-tiny"
@@ -271,3 +273,42 @@ def test_arguments_are_checked(capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert all(f"\n    {name} " in out for name in ("convert", "export", "generate", "info"))
+
+
+@pytest.fixture(scope="module")
+def of_texts(tmp_path_factory):
+    """A pipeline's folder without its text encoder, and a folder with the text encoder."""
+    folder, encoder = tmp_path_factory.mktemp("texts"), tmp_path_factory.mktemp("encoder")
+    tiny_pipeline(transformer=tiny_transformer(**TEXT, num_classes=0), id2label=None).save_pretrained(folder)
+    tiny_text_encoder().save_pretrained(encoder / "text_encoder")
+    tiny_text_tokenizer().save_pretrained(encoder / "tokenizer")
+    return str(folder), str(encoder)
+
+
+def test_generate_from_texts(of_texts, tmp_path, capsys):
+    model, encoder = of_texts
+    words = ["--text-encoder", encoder, "--num-images-per-prompt", "2", "--output-dir", str(tmp_path)]
+    assert main(["generate", model, "--prompt", "a green heart", "a clock", *words]) == 0
+    assert "4 pictures" in capsys.readouterr().out
+    names = [
+        f"{place:04d}-{slug}-{n:03d}.png" for place, slug in enumerate(("a-green-heart", "a-clock")) for n in (0, 1)
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    first = (tmp_path / names[2]).read_bytes()
+    # A picture depends on its own text.
+    assert main(["generate", model, "--prompt", "a clock", *words[:-1], str(tmp_path / "alone")]) == 0
+    assert (tmp_path / "alone" / "0000-a-clock-000.png").read_bytes() == first
+
+
+def test_texts_need_what_they_need(of_texts, named, failing):
+    model, encoder = of_texts
+    failing("needs the pipeline's `text_encoder`", "generate", model, "--prompt", "a clock")
+    failing("knows no classes: give it a `--prompt`", "generate", model)
+    failing("knows classes only", "generate", named, "--prompt", "a clock")
+    failing("do not go together", "generate", named, "--prompt", "a clock", "--class-labels", "0")
+    failing("`--text-encoder` goes with `--prompt`", "generate", model, "--text-encoder", encoder)
+
+
+def test_info_of_a_model_of_texts(of_texts, capsys):
+    assert main(["info", of_texts[0]]) == 0
+    assert "up to 16 tokens of width 16, 1 aligner layers" in capsys.readouterr().out

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 
 from . import demo_checkpoint
+from .conditioning import load_text_encoder
 from .conversion import (
     ORIGINAL_SCALING_FACTOR,
     convert_checkpoint,
@@ -72,7 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="CLASS",
         help=f"names or numbers (default: all if there are at most {FEW_CLASSES}, else 8 of them)",
     )
-    sub.add_argument("--num-images-per-class", type=int, default=4, help="(default: %(default)s)")
+    sub.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts, for models that take them")
+    sub.add_argument(
+        "--text-encoder", metavar="FOLDER", help="for texts, where the model comes without: folder or hub id"
+    )
+    sub.add_argument(
+        "--num-images-per-class", "--num-images-per-prompt", type=int, default=4, help="(default: %(default)s)"
+    )
     sub.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     for name in SETTINGS:
         kind = int if name.endswith("steps") else float
@@ -108,7 +115,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    """draw pictures of some classes, as a labelled grid or as single files"""
+    """draw pictures of some classes or texts, as a labelled grid or as single files"""
     start = time.perf_counter()
     if args.output is None and args.output_dir is None:
         args.output = Path("samples.png")
@@ -121,29 +128,30 @@ def generate(args: argparse.Namespace) -> None:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:  # torch says it with either
         raise ValueError(f"`--device` is {args.device!r}, which cannot be used here: {error}") from error
-    pipeline = MARPipeline.from_pretrained(_model(args)).to(args.device)
+    pipeline = MARPipeline.from_pretrained(_model(args), **_text_encoder(args)).to(args.device)
     pipeline.set_progress_bar_config(disable=None)  # shown on a terminal only
 
-    labels = choose_classes(pipeline, args.class_labels)
+    kind, wanted, names = choose_subjects(pipeline, args.class_labels, args.prompt)
     settings = {name: getattr(args, name) for name in SETTINGS}
-    jobs = [(label, number) for label in labels for number in range(args.num_images_per_class)]
+    jobs = [(index, number) for index in range(len(wanted)) for number in range(args.num_images_per_class)]
     images = []
     for first in range(0, len(jobs), args.batch_size):
         batch = jobs[first : first + args.batch_size]
-        generators = [image_generator(args.seed, label, number) for label, number in batch]
-        images += pipeline(class_labels=[label for label, _ in batch], generator=generators, **settings).images
+        generators = [image_generator(args.seed, wanted[index], number) for index, number in batch]
+        subjects = {kind: [wanted[index] for index, _ in batch]}
+        images += pipeline(**subjects, generator=generators, **settings).images
 
     written = []
-    names = [class_name(pipeline, label) for label in labels]
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         draw_grid(images, names).save(args.output)
         written.append(str(args.output))
     if args.output_dir is not None:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        for (label, number), image in zip(jobs, images, strict=True):
-            slug = re.sub(r"\W+", "-", class_name(pipeline, label)).strip("-")
-            image.save(args.output_dir / f"{label:04d}-{slug}-{number:03d}.png")
+        for (index, number), image in zip(jobs, images, strict=True):
+            slug = re.sub(r"\W+", "-", names[index]).strip("-")[:80]
+            place = wanted[index] if kind == "class_labels" else index
+            image.save(args.output_dir / f"{place:04d}-{slug}-{number:03d}.png")
         written.append(f"{args.output_dir}/")
     print(f"{len(images)} pictures in {time.perf_counter() - start:.1f} s: {', '.join(written)}")
 
@@ -157,6 +165,40 @@ def info(args: argparse.Namespace) -> None:
 
 def _model(args: argparse.Namespace) -> str:
     return str(demo_checkpoint()) if args.demo else args.model
+
+
+def _text_encoder(args: argparse.Namespace) -> dict[str, Any]:
+    if args.text_encoder is None:
+        return {}
+    if args.prompt is None:
+        raise ValueError("`--text-encoder` goes with `--prompt`")
+    return dict(zip(("text_encoder", "tokenizer"), load_text_encoder(args.text_encoder), strict=True))
+
+
+def choose_subjects(
+    pipeline: MARPipeline, class_labels: Sequence[str] | None, prompts: Sequence[str] | None
+) -> tuple[str, list[int] | list[str], list[str]]:
+    """What is drawn: classes, or texts.
+
+    Args:
+        pipeline ([`MARPipeline`]): it knows its classes.
+        class_labels (`Sequence[str]`, *optional*): names or numbers; None: see `choose_classes`.
+        prompts (`Sequence[str]`, *optional*): texts instead.
+
+    Returns:
+        the pipeline's argument, its values, and what to call each of them.
+
+    Raises:
+        ValueError: if both or, for a model that knows no classes, none are given.
+    """
+    if prompts is not None:
+        if class_labels is not None:
+            raise ValueError("`--prompt` and `--class-labels` do not go together here")
+        return "prompt", list(prompts), list(prompts)
+    if pipeline.transformer.config.num_classes == 0:
+        raise ValueError("this model knows no classes: give it a `--prompt`")
+    labels = choose_classes(pipeline, class_labels)
+    return "class_labels", labels, [class_name(pipeline, label) for label in labels]
 
 
 def choose_classes(pipeline: MARPipeline, wanted: Sequence[str] | None) -> list[int]:
@@ -189,8 +231,8 @@ def class_name(pipeline: MARPipeline, label: int) -> str:
     return names.get(label, f"class {label}")
 
 
-def image_generator(seed: int, label: int, number: int) -> torch.Generator:
-    """The random generator of one picture: it depends on seed, class and number alone, not on what else is drawn."""
+def image_generator(seed: int, label: int | str, number: int) -> torch.Generator:
+    """The random generator of one picture: it depends on seed, class or text, and number, not on what else is drawn."""
     digest = hashlib.sha256(f"{seed}/{label}/{number}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -283,6 +325,9 @@ def _geometry(transformer: Path | None, tokenizer: Path | None) -> list[tuple[st
             layers = f"{config.num_encoder_layers} + {config.num_decoder_layers} layers"
             kind = f"masked, {config.order} order, width {config.hidden_size}, {layers}"
         rows.append(("backbone", f"{kind}, {config.num_attention_heads} heads, {config.num_classes} classes"))
+        if config.text_dim is not None:
+            texts = f"up to {config.num_text_tokens} tokens of width {config.text_dim}"
+            rows.append(("texts", f"{texts}, {config.text_aligner_layers} aligner layers"))
         rows.append(("head", f"{config.head_type}, {_settings(config.head_config)}"))
     return rows
 

@@ -11,6 +11,7 @@ from test_train import NO_DROPOUT, equal, losses, run, weights, write_pictures
 
 from example_runs import SIZES, forget_accelerate
 from mar_hf import MARPipeline
+from mar_hf.conditioning import load_text_encoder
 from snippets import ROOT
 from tiny_texts import TEXT_DIM, tiny_text_encoder, tiny_text_tokenizer
 
@@ -18,7 +19,7 @@ from tiny_texts import TEXT_DIM, tiny_text_encoder, tiny_text_tokenizer
 sys.path.insert(0, str(ROOT / "examples"))
 
 import cache_latents  # noqa: E402
-from text_data import caption_choices, check_templates, encode_choices, load_text_encoder  # noqa: E402
+from text_data import caption_choices, check_templates, encode_choices  # noqa: E402
 from training_utils import Collator  # noqa: E402
 
 
