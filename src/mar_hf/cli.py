@@ -232,7 +232,7 @@ def class_name(pipeline: MARPipeline, label: int) -> str:
 
 
 def image_generator(seed: int, label: int | str, number: int) -> torch.Generator:
-    """The random generator of one picture: it depends on seed, class or text, and number, not on what else is drawn."""
+    """The random generator of one picture: it depends on seed, class or text, and number alone."""
     digest = hashlib.sha256(f"{seed}/{label}/{number}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
