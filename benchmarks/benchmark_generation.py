@@ -63,18 +63,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 @torch.no_grad()
-def random_pipeline(preset: str, device: str) -> MARPipeline:
+def random_pipeline(preset: str, device: str, **settings: Any) -> MARPipeline:
     """A released size with random weights: the arithmetic of the real model, pictures of nothing.
 
     Args:
         preset (`str`): a name in `MARConfig.presets`.
         device (`str`): where to make it.
+        settings (`Any`): of the configuration, where they are not the preset's.
 
     Returns:
         [`MARPipeline`]: with an autoencoder shaped like the released one.
     """
     with torch.device(device):
-        transformer = MARForImageGeneration(MARConfig.preset(preset)).eval()
+        transformer = MARForImageGeneration(MARConfig.preset(preset, **settings)).eval()
         vae = ImageTokenizer.from_autoencoder(AutoencoderKL(**KL16).eval(), scaling_factor=0.2325)
     # A new head is zero where it would act: multiplying zeros takes less power than real weights do, hence less time.
     for parameter in transformer.head.parameters():
@@ -100,11 +101,12 @@ class Stopwatch:
 
     Args:
         device (`str`): where they compute; a CUDA device is waited for before the clock is read.
+        parts (`Sequence[str]`, *optional*, defaults to `PARTS`): names to count under.
     """
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, parts: Sequence[str] = PARTS):
         self.device = torch.device(device)
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds = dict.fromkeys(parts, 0.0)
 
     def now(self) -> float:
         """The time when everything asked for so far is done."""
