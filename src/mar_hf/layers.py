@@ -100,6 +100,10 @@ class BackboneAttention(nn.Module):
         return self.proj(output.reshape(batch, length, width))
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer whose first weights are zero: what it belongs to adds nothing until it is trained."""
+
+
 class ContextAttention(nn.Module):
     """Multi-head attention of a sequence to a context, such as a text. It adds nothing until it is trained.
 
@@ -118,7 +122,7 @@ class ContextAttention(nn.Module):
         self.is_causal = False
         self.query = nn.Linear(hidden_size, hidden_size)
         self.key_value = nn.Linear(context_dim, 2 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = ZeroLinear(hidden_size, hidden_size)
 
     def read(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values: all that `forward` needs of a context, however often it is attended to.

@@ -11,7 +11,7 @@ from transformers import initialization as init
 from ..conditioning import TextContext
 from ..generation import GENERATION_ORDERS
 from ..heads import TOKEN_HEADS
-from ..layers import BackboneLayer, ContextAttention
+from ..layers import BackboneLayer, ZeroLinear
 from ..loading import StrictLoadingMixin
 from ..utils import draw
 from .configuration_backbone import BackboneConfig
@@ -40,6 +40,10 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
         head = getattr(self, "head", None)
         if head is not None and any(module is part for part in head.modules()):
             head.init_weights(module)
+        elif isinstance(module, ZeroLinear):
+            # A class of its own: modules without parameters of their own are not always asked here.
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             init.zeros_(module.bias)
@@ -48,9 +52,6 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=std)
-        elif isinstance(module, ContextAttention):
-            # After its layers: it starts as the identity, so that weights trained without a text stay what they are.
-            init.zeros_(module.proj.weight)
         else:  # the backbone's own: positions, mask tokens
             for _, parameter in module.named_parameters(recurse=False):
                 init.normal_(parameter, std=std)

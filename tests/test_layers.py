@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention to a context, and the block that has one. What blocks do without one, the backbones' tests say."""
+
+import pytest
+import torch
+
+from common import MODELS, randomise, relative_error, seeded, tiny_config
+from mar_hf.layers import BackboneLayer, ContextAttention
+
+
+LENGTHS = [5, 1, 3]  # tokens of each context; the rest of 5 is padding
+ATTENTION = ["sdpa", "eager"]
+
+
+def config(attention="sdpa", **changes):
+    settings = {"attention_dropout": 0.0, "hidden_dropout": 0.0, **changes}
+    config = tiny_config(**settings)
+    # Not the public name: flash attention would be asked whether it is installed.
+    config._attn_implementation_internal = attention
+    return config
+
+
+def make(attention="sdpa", **changes):
+    """Attention of a sequence 32 wide to a context 24 wide, random, in eval mode."""
+    return randomise(ContextAttention(config(attention, **changes), 32, 2, 24), gain=1.0)
+
+
+def make_layer(attention="sdpa", **changes):
+    """A block with such an attention."""
+    return randomise(BackboneLayer(config(attention, **changes), 32, 2, context_dim=24), gain=1.0)
+
+
+def inputs(dtype=torch.float32):
+    """A sequence, a context, and what is added to the scores of attention to it."""
+    generator = seeded(1)
+    states = torch.randn(3, 7, 32, generator=generator).to(dtype)
+    context = torch.randn(3, 5, 24, generator=generator).to(dtype)
+    padding = torch.arange(5) >= torch.tensor(LENGTHS)[:, None]
+    added = torch.zeros(3, 5, dtype=dtype).masked_fill(padding, torch.finfo(dtype).min)
+    return states, context, added[:, None, None]
+
+
+def attend(module, states, context, added):
+    return module(states, *module.read(context), added)
+
+
+def by_hand(module, states, context):
+    """Head by head, picture by picture, without the padding."""
+    rows = []
+    for row, tokens, length in zip(states, context, LENGTHS):
+        query = module.query(row)
+        key, value = module.key_value(tokens[:length]).chunk(2, dim=-1)
+        heads = [slice(0, 16), slice(16, 32)]
+        parts = [(query[:, h] @ key[:, h].T / 4).softmax(-1) @ value[:, h] for h in heads]
+        rows.append(module.proj(torch.cat(parts, -1)))
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_it_is_attention_to_what_is_no_padding(attention):
+    module, (states, context, added) = make(attention), inputs()
+    assert relative_error(attend(module, states, context, added), by_hand(module, states, context)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_padding_is_not_seen_at_all(attention):
+    module, (states, context, added) = make(attention), inputs()
+    expected = attend(module, states, context, added)
+    changed = context.clone()
+    changed[1, 1:], changed[2, 3:] = 1e4, -1e4
+    assert torch.equal(attend(module, states, changed, added), expected)
+    # What is no padding is seen, by the picture that it belongs to and by every token of it.
+    changed[2, 2] += 1
+    difference = (attend(module, states, changed, added) - expected).abs().amax(-1)
+    assert (difference[:2] == 0).all() and (difference[2] > 1e-3).all()
+
+
+@torch.no_grad()
+def test_a_context_is_read_once_for_sequences_of_any_length():
+    module, (states, context, added) = make(), inputs()
+    key, value = module.read(context)
+    assert key.shape == value.shape == (3, 2, 5, 16)
+    reads = []
+    module.key_value.register_forward_hook(lambda *_: reads.append(1))
+    for length in (7, 1, 3):
+        # The context has no order of its own, and tokens of the sequence do not see each other.
+        found = module(states[:, :length], key, value, added)
+        assert relative_error(found, by_hand(module, states, context)[:, :length]) < 1e-5
+    assert len(reads) == 3 * 3  # by hand alone: three pictures, three times
+
+
+@torch.no_grad()
+def test_eager_and_sdpa_agree_and_are_two_things():
+    (states, context, added), (one, other) = inputs(), (make(attention) for attention in ATTENTION)
+    found, expected = attend(one, states, context, added), attend(other, states, context, added)
+    assert relative_error(found, expected) < 1e-5 and not torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_flash_attention_leaves_masks_to_sdpa():
+    states, context, added = inputs()
+    found = attend(make("flash_attention_2"), states, context, added)
+    assert torch.equal(found, attend(make("sdpa"), states, context, added))
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_given_a_mask_without_broadcasting():
+    states, context, added = inputs()
+    with torch.compiler.set_stance("force_eager"):  # not its kernel, but what it computes
+        found = attend(make("flex_attention"), states, context, added)
+    assert relative_error(found, by_hand(make(), states, context)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_half_precision_sees_no_padding_either(attention, dtype):
+    module, (states, context, added) = make(attention).to(dtype), inputs(dtype)
+    found = attend(module, states, context, added)
+    assert found.dtype == dtype
+    assert relative_error(found.float(), by_hand(make(), *inputs()[:2])) < 0.03
+    context[1, 1:] = 100
+    assert torch.equal(attend(module, states, context, added), found)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_dropout_of_the_probabilities_is_for_training_only(attention):
+    module, (states, context, added) = make(attention, attention_dropout=0.5), inputs()
+    expected = attend(module, states, context, added)
+    assert torch.equal(expected, attend(make(attention), states, context, added))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = attend(module.train(), states, context, added)
+    # One token, whose probability is 1, is dropped or counts twice: for each head and query.
+    heads = module.proj.weight.T.unflatten(0, (2, 16))
+    _, value = module.read(context)
+    parts = torch.einsum("hd,hdo->ho", value[1, :, 0], heads)
+    sums = torch.stack([a * parts[0] + b * parts[1] for a in (0, 2) for b in (0, 2)]) + module.proj.bias
+    distance = (found[1][:, None] - sums).abs().amax(-1)
+    assert (distance.amin(-1) < 1e-5).all() and len(set(distance.argmin(-1).tolist())) > 1
+
+
+# Blocks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_a_block_attends_to_itself_then_to_the_context_then_applies_its_mlp(attention):
+    layer, (states, context, added) = make_layer(attention), inputs()
+    found = layer(states, context=(*layer.context_attention.read(context), added))
+    expected = states + layer.attention(layer.attention_norm(states))
+    without = expected + layer.mlp(layer.mlp_norm(expected))
+    assert torch.equal(layer(states), without)
+    expected = expected + by_hand(layer.context_attention, layer.context_norm(expected), context)
+    expected = expected + layer.mlp(layer.mlp_norm(expected))
+    assert relative_error(found, expected) < 1e-5
+    assert ((found - without).abs().amax(-1) > 1e-3).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", MODELS)
+def test_fresh_blocks_of_a_model_add_exactly_nothing(backbone):
+    model = MODELS[backbone](tiny_config(backbone, text_dim=8, text_aligner_layers=1)).eval()
+    blocks = [module for module in model.modules() if hasattr(module, "context_attention")]
+    assert len(blocks) == 2  # not those of the aligner
+    for layer in blocks:
+        states, (_, _, added) = inputs()[0], inputs()
+        context = 100 * torch.randn(3, 5, 32, generator=seeded(2))
+        key, value = layer.context_attention.read(context)
+        assert key.abs().max() > 1 and value.abs().max() > 1
+        assert torch.equal(layer(states, context=(key, value, added)), layer(states))
+
+
+def test_a_fresh_block_learns_to_attend():
+    # Only the last projection starts at zero: it has a gradient, and after one step so have the others.
+    model = MODELS["mar"](tiny_config(text_dim=8, attention_dropout=0.0, hidden_dropout=0.0))
+    layer, (states, _, added) = model.model.encoder_layers[0], inputs()
+    optimiser = torch.optim.SGD(layer.parameters(), lr=0.1)
+
+    def gradients():
+        context = (*layer.context_attention.read(torch.randn(3, 5, 32, generator=seeded(2))), added)
+        optimiser.zero_grad()
+        layer(states, context=context).square().mean().backward()
+        named = layer.context_attention.named_parameters()
+        return {name for name, parameter in named if parameter.grad.abs().max() > 0}
+
+    assert gradients() == {"proj.weight", "proj.bias"}
+    optimiser.step()
+    assert gradients() == {f"{name}.{kind}" for name in ("query", "key_value", "proj") for kind in ("weight", "bias")}
+
+
+@torch.no_grad()
+def test_dropout_acts_after_the_attention_to_the_context():
+    layer, (states, context, added) = make_layer(hidden_dropout=0.5), inputs()
+    for linear in (layer.attention.proj, layer.mlp.fc2, layer.context_attention.proj):
+        linear.weight.zero_()
+        linear.bias.zero_()
+    layer.context_attention.proj.bias.fill_(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        context = (*layer.context_attention.read(context), added)
+        found = layer.train()(torch.zeros_like(states), context=context)
+    assert found.unique().tolist() == [0, 2] and 0.4 < (found == 0).float().mean() < 0.6
