@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a model draw combinations that it never saw? Finds the real neighbours of pictures for captions held out.
+
+    python examples/evaluate_texts.py --pretrained_model_name_or_path out/text/pipeline --data_dir data/emoji_text \\
+        --output_dir out/text_evaluation
+
+For every row of `test/metadata.jsonl` with a `role`, `gender` and `tone` (`prepare_emoji.py --captions --hold-out`),
+pictures are generated from its first caption. The nearest real picture among all genders and tones of the role, by
+squared distance of pixels, should be the one held out. Reported for each guidance scale, beside chance and beside
+shuffled prompts: pictures of other rows' captions, judged as if they were for this one.
+"""
+
+import json
+import pathlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from generate import load_pipeline
+from image_data import center_crop
+from PIL import Image
+from tqdm.auto import tqdm
+from training_utils import make_accelerator, parse_arguments
+
+from mar_hf import MARPipeline
+from mar_hf.cli import draw_grid, image_generator
+from mar_hf.conditioning import load_text_encoder
+from mar_hf.utils import atomic_folder
+
+
+ATTRIBUTES = ("gender", "tone")
+
+
+@dataclass
+class Arguments:
+    """Settings of an evaluation of texts; None means the checkpoint's own."""
+
+    pretrained_model_name_or_path: str = field(metadata={"help": "folder or hub id of a pipeline"})
+    data_dir: str = field(metadata={"help": "with `train` and `test`, each with a `metadata.jsonl`"})
+    output_dir: str = field(metadata={"help": "gets metrics.json, a plot and a grid; must not hold anything yet"})
+    pretrained_text_encoder: str | None = field(
+        default=None, metadata={"help": "folder or hub id, where the pipeline comes without"}
+    )
+    guidance_scales: list[float] = field(
+        default_factory=lambda: [1.0, 2.0, 3.0, 4.0, 6.0, 8.0], metadata={"help": "each is measured"}
+    )
+    num_images_per_prompt: int = field(default=2, metadata={"help": "pictures of each caption"})
+    num_inference_steps: int | None = field(default=None, metadata={"help": "autoregressive steps"})
+    num_diffusion_steps: int | None = field(default=None, metadata={"help": "steps of the token head"})
+    temperature: float | None = field(default=None, metadata={"help": "of the noise that the head injects"})
+    batch_size: int = field(default=32, metadata={"help": "pictures at once"})
+    seed: int = field(default=0, metadata={"help": "of all pictures"})
+
+    def __post_init__(self) -> None:
+        for name in ("num_images_per_prompt", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
+        if not self.guidance_scales:
+            raise ValueError("`guidance_scales` is empty.")
+
+
+def read_rows(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a split that have a role, with the path of their picture.
+
+    Args:
+        folder (`pathlib.Path`): of the split.
+
+    Returns:
+        `list[dict]`: as in `metadata.jsonl`, with `path`.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
+    try:
+        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"`data_dir` has no captions with roles: {error}") from error
+    rows = [json.loads(line) for line in lines]
+    return [{**row, "path": folder / row["file_name"]} for row in rows if row.get("role")]
+
+
+def read_pixels(pictures: Sequence[Image.Image], size: int) -> torch.Tensor:
+    """Pictures as points.
+
+    Args:
+        pictures (`Sequence[PIL.Image.Image]`): of any size.
+        size (`int`): side in pixels to compare at.
+
+    Returns:
+        `torch.Tensor` of shape `(pictures, 3 * size * size)`: in [0, 1].
+    """
+    return torch.stack([torch.from_numpy(np.array(center_crop(one, size))).flatten() / 255 for one in pictures])
+
+
+def nearest(
+    points: torch.Tensor, wanted: Sequence[dict], candidates: dict[str, tuple[list[dict], torch.Tensor]]
+) -> list:
+    """The nearest real picture of the wanted role for each point.
+
+    Args:
+        points (`torch.Tensor` of shape `(n, d)`): generated pictures.
+        wanted (`Sequence[dict]`): the row that each is judged by.
+        candidates (`dict`): by role, rows of all genders and tones, and their points.
+
+    Returns:
+        `list[dict]`: rows.
+    """
+    found = []
+    for point, row in zip(points, wanted, strict=True):
+        rows, places = candidates[row["role"]]
+        found.append(rows[int((places - point).square().sum(1).argmin())])
+    return found
+
+
+def shares(found: Sequence[dict], wanted: Sequence[dict]) -> dict[str, float]:
+    """How often neighbours are right: in both attributes, and in each.
+
+    Args:
+        found (`Sequence[dict]`): rows of neighbours.
+        wanted (`Sequence[dict]`): rows asked for.
+
+    Returns:
+        `dict[str, float]`: `both` and the attributes, in [0, 1].
+    """
+    right = {name: [a[name] == b[name] for a, b in zip(found, wanted, strict=True)] for name in ATTRIBUTES}
+    both = [all(one) for one in zip(*right.values(), strict=True)]
+    return {name: sum(values) / len(values) for name, values in {"both": both, **right}.items()}
+
+
+def confusion(found: Sequence[dict], wanted: Sequence[dict], name: str) -> dict[str, dict[str, int]]:
+    """How often each value was drawn for each that was asked for.
+
+    Args:
+        found (`Sequence[dict]`): rows of neighbours.
+        wanted (`Sequence[dict]`): rows asked for.
+        name (`str`): an attribute.
+
+    Returns:
+        `dict[str, dict[str, int]]`: asked for, then drawn.
+    """
+    counts = Counter((b[name], a[name]) for a, b in zip(found, wanted, strict=True))
+    values = sorted({value for pair in counts for value in pair})
+    return {asked: {drawn: counts[asked, drawn] for drawn in values} for asked in values}
+
+
+def generate(pipe: MARPipeline, prompts: Sequence[str], scale: float, args: Arguments, bar: tqdm) -> list[Image.Image]:
+    """Pictures for prompts, those of a prompt one after the other; the same seeds for every scale.
+
+    Args:
+        pipe ([`MARPipeline`]): with a text encoder.
+        prompts (`Sequence[str]`): texts.
+        scale (`float`): of guidance.
+        args (`Arguments`): of the run.
+        bar (`tqdm`): counts pictures.
+
+    Returns:
+        `list[PIL.Image.Image]`: as many for each prompt.
+    """
+    jobs = [(prompt, number) for prompt in prompts for number in range(args.num_images_per_prompt)]
+    settings = {name: getattr(args, name) for name in ("num_inference_steps", "num_diffusion_steps", "temperature")}
+    images = []
+    for first in range(0, len(jobs), args.batch_size):
+        batch = jobs[first : first + args.batch_size]
+        generators = [image_generator(args.seed, *job) for job in batch]
+        texts = [prompt for prompt, _ in batch]
+        images += pipe(prompt=texts, guidance_scale=scale, generator=generators, **settings).images
+        bar.update(len(batch))
+    return images
+
+
+def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
+    """Shares of right neighbours against guidance.
+
+    Args:
+        report (`dict`): what `main` writes.
+        path (`pathlib.Path`): of the PNG file.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
+    scales = [result["guidance_scale"] for result in report["results"]]
+    for axis, name in zip(axes, ("both", *ATTRIBUTES), strict=True):
+        for kind, style in (("right", "o-"), ("shuffled", "s--")):
+            axis.plot(scales, [result[kind][name] for result in report["results"]], style, label=f"{kind} prompts")
+        axis.axhline(report["chance"][name], color="grey", linestyle=":", label="chance")
+        axis.set(title=name, xlabel="guidance scale", ylim=(0, 1))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("share of nearest neighbours")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(args: Arguments) -> None:
+    """Generate, find neighbours, report."""
+    data = pathlib.Path(args.data_dir)
+    wanted = read_rows(data / "test")
+    if not wanted:
+        raise ValueError(f"`data_dir` {args.data_dir!r} holds out no combination of role, gender and tone.")
+    pipe = load_pipeline(args.pretrained_model_name_or_path, make_accelerator())
+    if args.pretrained_text_encoder is not None:
+        text_encoder, tokenizer = load_text_encoder(args.pretrained_text_encoder)
+        pipe.register_modules(text_encoder=text_encoder.to(pipe.device), tokenizer=tokenizer)
+    size = pipe.transformer.config.grid_height * pipe.vae.stride
+    roles = {row["role"] for row in wanted}
+    by_role = defaultdict(list)
+    for row in [*wanted, *read_rows(data / "train")]:
+        if row["role"] in roles:
+            by_role[row["role"]].append(row)
+    candidates = {
+        role: (rows, read_pixels([Image.open(row["path"]) for row in rows], size)) for role, rows in by_role.items()
+    }
+    prompts = [row["text"][0] for row in wanted]
+    repeated = [row for row in wanted for _ in range(args.num_images_per_prompt)]
+    # Each picture is judged by the row half the list further on: by another one, and none twice.
+    shift = args.num_images_per_prompt * (len(wanted) // 2)
+    others = repeated[shift:] + repeated[:shift]
+    # What a picture of the right role gives that knows nothing else.
+    blind = [shares(by_role[row["role"]], [row] * len(by_role[row["role"]])) for row in wanted]
+    chance = {name: sum(one[name] for one in blind) / len(blind) for name in blind[0]}
+    results, pictures = [], {}
+    with tqdm(total=len(repeated) * len(args.guidance_scales)) as bar:
+        for scale in args.guidance_scales:
+            pictures[scale] = generate(pipe, prompts, scale, args, bar)
+            points = read_pixels(pictures[scale], size)
+            found = nearest(points, repeated, candidates)
+            result = {"guidance_scale": scale, "right": shares(found, repeated)}
+            result["shuffled"] = shares(nearest(points, others, candidates), others)
+            result["confusion"] = {name: confusion(found, repeated, name) for name in ATTRIBUTES}
+            results.append(result)
+    report = {"num_prompts": len(wanted), "num_images_per_prompt": args.num_images_per_prompt, "seed": args.seed}
+    report |= {"settings": pipe.generation_defaults, "chance": chance, "results": results}
+    best = max(results, key=lambda result: result["right"]["both"])["guidance_scale"]
+    with atomic_folder(args.output_dir) as folder:
+        (folder / "metrics.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+        draw_curve(report, folder / "guidance.png")
+        rows, shown = [], range(0, len(wanted), max(1, len(wanted) // 12))
+        for index in shown:
+            own = slice(index * args.num_images_per_prompt, (index + 1) * args.num_images_per_prompt)
+            real = Image.fromarray(np.array(center_crop(Image.open(wanted[index]["path"]), size)))
+            rows += [real, *pictures[best][own]]
+        draw_grid(rows, [prompts[index] for index in shown]).save(folder / "samples.png")
+    for result in results:
+        print(
+            f"guidance {result['guidance_scale']:g}: {result['right']}, shuffled prompts {result['shuffled']['both']}"
+        )
+    print(f"chance {chance}")
+
+
+if __name__ == "__main__":
+    main(parse_arguments(Arguments))

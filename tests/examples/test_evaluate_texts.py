@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`examples/evaluate_texts.py`: neighbours, shares and confusions; a whole run with a tiny model."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from example_runs import forget_accelerate
+from snippets import ROOT
+from tiny_pipelines import tiny_pipeline, tiny_transformer
+from tiny_texts import TEXT, tiny_text_encoder, tiny_text_tokenizer
+
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+import evaluate_texts  # noqa: E402
+from evaluate_texts import confusion, nearest, read_pixels, read_rows, shares  # noqa: E402
+
+
+GENDERS, TONES = ("man", "woman"), ("light", "dark", "medium")
+HELD_OUT = {("cook", "man", "dark"), ("pilot", "woman", "light")}
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """Two roles in two genders and three tones, each a colour of its own; two of them held out."""
+    folder, number = tmp_path_factory.mktemp("people"), 0
+    lines = {"train": [json.dumps({"file_name": "x.png", "text": ["a heart"], "role": ""})], "test": []}
+    for role in ("cook", "pilot"):
+        for gender in GENDERS:
+            for tone in TONES:
+                split = "test" if (role, gender, tone) in HELD_OUT else "train"
+                (folder / split).mkdir(exist_ok=True)
+                Image.new("RGB", (8, 8), (20 * number, 255 - 20 * number, 7 * number)).save(
+                    folder / split / f"{number}.png"
+                )
+                row = {"role": role, "gender": gender, "tone": tone, "text": [f"{gender} {role}: {tone}"]}
+                lines[split].append(json.dumps({"file_name": f"{number}.png", **row}))
+                number += 1
+    for split, rows in lines.items():
+        (folder / split / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return folder
+
+
+def test_real_pictures_are_their_own_neighbours(people):
+    rows = read_rows(people / "train") + read_rows(people / "test")
+    assert len(rows) == 12 and len(read_rows(people / "test")) == 2
+    points = read_pixels([Image.open(row["path"]) for row in rows], 8)
+    candidates = {
+        role: (
+            [row for row in rows if row["role"] == role],
+            torch.stack([p for p, r in zip(points, rows) if r["role"] == role]),
+        )
+        for role in ("cook", "pilot")
+    }
+    found = nearest(points, rows, candidates)
+    assert found == rows and shares(found, rows) == {"both": 1.0, "gender": 1.0, "tone": 1.0}
+    # A little noise changes nothing.
+    noisy = points + 0.02 * torch.randn(points.shape, generator=torch.Generator().manual_seed(0))
+    assert nearest(noisy, rows, candidates) == rows
+    # Judged by the other role, only that role's rows are found.
+    other = [{**row, "role": "pilot" if row["role"] == "cook" else "cook"} for row in rows]
+    assert all(one["role"] == two["role"] for one, two in zip(nearest(points, other, candidates), other, strict=True))
+
+
+def test_shares_and_confusions_count():
+    wanted = [{"gender": "man", "tone": "dark"}] * 3 + [{"gender": "woman", "tone": "light"}]
+    found = [
+        {"gender": "man", "tone": "dark"},
+        {"gender": "man", "tone": "light"},
+        {"gender": "woman", "tone": "dark"},
+        {"gender": "woman", "tone": "light"},
+    ]
+    assert shares(found, wanted) == {"both": 0.5, "gender": 0.75, "tone": 0.75}
+    assert confusion(found, wanted, "tone") == {"dark": {"dark": 2, "light": 1}, "light": {"dark": 0, "light": 1}}
+
+
+def test_a_whole_run(people, tmp_path):
+    pipe = tiny_pipeline(transformer=tiny_transformer(**TEXT, num_classes=0), id2label=None)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    tiny_text_encoder().save_pretrained(tmp_path / "encoder")
+    tiny_text_tokenizer().save_pretrained(tmp_path / "encoder")
+    settings = {"pretrained_text_encoder": str(tmp_path / "encoder"), "guidance_scales": [1.0, 2.0]}
+    out = tmp_path / "out"
+    evaluate_texts.main(
+        evaluate_texts.Arguments(
+            str(tmp_path / "pipeline"), str(people), str(out), num_images_per_prompt=3, **settings
+        )
+    )
+    forget_accelerate()
+    report = json.loads((out / "metrics.json").read_text())
+    assert report["chance"] == pytest.approx({"both": 1 / 6, "gender": 1 / 2, "tone": 1 / 3})
+    assert [result["guidance_scale"] for result in report["results"]] == [1.0, 2.0]
+    for result in report["results"]:
+        assert sum(count for row in result["confusion"]["tone"].values() for count in row.values()) == 6
+        assert all(0 <= value <= 1 for kind in ("right", "shuffled") for value in result[kind].values())
+    for name in ("guidance.png", "samples.png"):
+        assert np.asarray(Image.open(out / name)).size > 0
+
+
+def test_data_without_roles_is_refused(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+    with pytest.raises(ValueError, match="has no captions with roles"):
+        evaluate_texts.main(evaluate_texts.Arguments("none", str(tmp_path), str(tmp_path / "out")))
+    for split in ("train", "test"):
+        (tmp_path / split / "metadata.jsonl").write_text('{"file_name": "a.png", "role": ""}', encoding="utf-8")
+    with pytest.raises(ValueError, match="holds out no combination"):
+        evaluate_texts.main(evaluate_texts.Arguments("none", str(tmp_path), str(tmp_path / "out")))
