@@ -6,7 +6,9 @@ from diffusers import AutoencoderKL
 
 from common import MODELS, tiny_config
 from mar_hf import ImageTokenizer, ImageTokenizerConfig, MARPipeline, TokenDDPMScheduler
+from mar_hf.layers import ContextAttention
 from mar_hf.models import BackbonePreTrainedModel
+from tiny_texts import TEXT, tiny_text_encoder, tiny_text_tokenizer
 
 
 NAMES = {0: "heart", 1: "cat, kitten", 2: "clock"}
@@ -19,6 +21,7 @@ def tiny_transformer(token_dim: int = 12, seed: int = 0, backbone: str = "mar", 
     """A grid of 4 x 4 tokens, 3 classes, 32 wide.
 
     The head's last layers are random instead of zero, the classes far apart: all labels of a fresh model look alike.
+    So do texts, which it does not attend to yet.
     """
     config = tiny_config(backbone, token_dim=token_dim, **{**FREEDOM[backbone], **config})
     with torch.random.fork_rng(), torch.no_grad():
@@ -33,6 +36,9 @@ def tiny_transformer(token_dim: int = 12, seed: int = 0, backbone: str = "mar", 
             torch.nn.init.normal_(head.out_proj.weight[:token_dim], std=0.2)
             for block in head.blocks:
                 torch.nn.init.normal_(block.modulation.weight, std=0.2)
+        for module in transformer.modules():
+            if isinstance(module, ContextAttention):
+                torch.nn.init.normal_(module.proj.weight, std=0.3)
     return transformer
 
 
@@ -70,6 +76,16 @@ def tiny_pipeline(vae: ImageTokenizer | None = None, backbone: str = "mar", **se
     pipeline = MARPipeline(**{**parts, **settings})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_text_pipeline(kind: str = "t5", backbone: str = "mar", config: dict | None = None, **settings) -> MARPipeline:
+    """The same of texts, with a text encoder; it knows the classes, too. `config` is more of the transformer."""
+    parts = {
+        "transformer": tiny_transformer(backbone=backbone, **{**TEXT, **(config or {})}),
+        "text_encoder": tiny_text_encoder(kind),
+        "tokenizer": tiny_text_tokenizer(kind),
+    }
+    return tiny_pipeline(**{**parts, **settings})
 
 
 def seeds(*numbers: int) -> list[torch.Generator]:
