@@ -4,6 +4,7 @@
 import pytest
 import torch
 from test_modeling_backbone import NULL, BackboneTests, count_head_parameters, count_layer_parameters, linear
+from text_tests import FRESH_TEXT, TEXT_WEIGHTS, TextTests
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -12,6 +13,7 @@ from mar_hf import ARConfig, ARForImageGeneration, ARModel, TokenDDPMScheduler
 from mar_hf.generation import GENERATION_ORDERS, sample_tokens_per_step
 from mar_hf.models.configuration_ar import POSITION_TYPES
 from mar_hf.models.modeling_ar import BLANK, CLASS, NOTHING, build_slots
+from tiny_texts import TEXT
 
 
 ONES = [1] * 16
@@ -97,6 +99,15 @@ def differing(found, expected):
     difference = (found - expected).abs().amax(-1)
     any_difference, clear = (difference > 0).any(0), (difference > 1e-5).all(0)
     return any_difference.nonzero()[:, 0].tolist(), clear.nonzero()[:, 0].tolist()
+
+
+class TestARWithTexts(TextTests, TestAR):
+    """And with texts."""
+
+    other_weights = sorted([*TestAR.other_weights, *TEXT_WEIGHTS])
+    fresh_settings = {**TestAR.fresh_settings, **FRESH_TEXT}
+    deeper = {**TestAR.deeper, **TEXT}
+    several = {"max_tokens_per_step": 16}
 
 
 # Sizes

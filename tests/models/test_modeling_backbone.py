@@ -115,7 +115,9 @@ class BackboneTests:
         seen = set()
         for name, module in fresh.model.named_modules():
             if isinstance(module, nn.Linear):
-                assert is_xavier(module.weight), name
+                # What attends to texts is not there yet.
+                is_zero = name.endswith("context_attention.proj")
+                assert module.weight.abs().max() == 0 if is_zero else is_xavier(module.weight), name
                 assert module.bias.abs().max() == 0, name
             elif isinstance(module, nn.LayerNorm):
                 assert (module.weight == 1).all() and (module.bias == 0).all(), name
@@ -370,7 +372,8 @@ class BackboneTests:
         assert all(gradient is not None for gradient in gradients.values())
         for name, gradient in gradients.items():
             assert relative_error(other_gradients[name], gradient) < 1e-5, name
-        assert (calls, other_calls) == (2, 4)
+        number = len(self.layers(self.tiny()))
+        assert (calls, other_calls) == (number, 2 * number)
 
     @pytest.mark.parametrize(
         "head, first, last",

@@ -4,10 +4,12 @@
 import pytest
 import torch
 from test_modeling_backbone import BackboneTests, count_head_parameters, count_layer_parameters, linear
+from text_tests import FRESH_TEXT, TEXT_WEIGHTS, TextTests
 
 from common import relative_error, seeded, tiny_model
 from mar_hf import MARConfig, MARForImageGeneration, MARModel
 from mar_hf.generation import GENERATION_ORDERS, sample_mask, sample_num_masked
+from tiny_texts import TEXT
 
 
 def inputs(batch=2, model=None, num_masked=10):
@@ -42,6 +44,14 @@ class TestMAR(BackboneTests):
 
     def layers(self, model):
         return [*model.model.encoder_layers, *model.model.decoder_layers]
+
+
+class TestMARWithTexts(TextTests, TestMAR):
+    """The same once more with texts."""
+
+    other_weights = sorted([*TestMAR.other_weights, *TEXT_WEIGHTS])
+    fresh_settings = {**TestMAR.fresh_settings, **FRESH_TEXT}
+    deeper = {**TestMAR.deeper, **TEXT}
 
 
 # Sizes
