@@ -21,7 +21,7 @@ from mar_hf import ARForImageGeneration, MARPipeline, TokenDDPMScheduler
 from mar_hf.conversion import convert_checkpoint
 from mar_hf.generation import GENERATION_ORDERS
 from mar_hf.pipelines.pipeline_mar import GENERATION_DEFAULTS
-from tiny_pipelines import FEW_STEPS, seeds, tiny_kl, tiny_pipeline, tiny_transformer
+from tiny_pipelines import FEW_STEPS, seeds, tiny_kl, tiny_pipeline, tiny_text_pipeline, tiny_transformer
 
 
 DATA = Path(__file__).parents[1] / "parity" / "data" / "mar-tiny"
@@ -31,16 +31,26 @@ COSINE = [3, 5, 8]
 CATEGORICAL = {"head_type": "categorical", "head_config": {"num_codes": 8}}
 
 
-@pytest.fixture(params=["mar", "ar"])
+@pytest.fixture(params=["mar", "ar", "mar-null-text", "ar-null-text"])
 def pipe(request):
-    """A pipeline with either backbone."""
-    return tiny_pipeline(backbone=request.param)
+    """A pipeline with either backbone; one that takes texts is asked for classes here, with the null text."""
+    backbone, _, text = request.param.partition("-")
+    return tiny_text_pipeline(backbone=backbone) if text else tiny_pipeline(backbone=backbone)
 
 
-@pytest.fixture(params=["pixels", "kl"])
+@pytest.fixture(params=["pixels", "kl", "texts"])
 def either(request):
-    """A pipeline on pixels, and one with an autoencoder."""
+    """A pipeline on pixels, one with an autoencoder, and one that is asked for texts."""
+    if request.param == "texts":
+        return tiny_text_pipeline()
     return tiny_pipeline(tiny_kl() if request.param == "kl" else None)
+
+
+def subjects(pipe, *labels):
+    """Arguments for pictures of these classes, or of texts where the pipeline takes such."""
+    if pipe.text_encoder is None:
+        return {"class_labels": list(labels)}
+    return {"prompt": [["a red heart", "cat", "two big blue clock"][label] for label in labels]}
 
 
 def latents(pipe, class_labels=1, **kwargs):
@@ -69,29 +79,32 @@ def draw(generator, batch=1, steps=HEAD_STEPS, order="random", context=False):
     return (*drawn, torch.stack(contexts)) if context else drawn
 
 
-def conditions(pipe, tokens, mask, labels, orders, counts):
+def conditions(pipe, tokens, mask, labels, orders, counts, texts):
     """Conditions of all positions in one forward, without a cache; tokens that are not there yet are not read."""
     if isinstance(pipe.transformer, ARForImageGeneration):
         arguments = {"orders": orders, "tokens_per_step": counts}
-        return pipe.transformer(tokens, class_labels=labels, **arguments).condition
-    return pipe.transformer(tokens, mask, labels).condition
+        return pipe.transformer(tokens, class_labels=labels, **arguments, **texts).condition
+    return pipe.transformer(tokens, mask, labels, **texts).condition
 
 
 @torch.no_grad()
-def by_hand(pipe, labels, orders, noise, counts, scales=None, seen=lambda tokens: tokens, after=None):
+def by_hand(
+    pipe, labels, orders, noise, counts, scales=None, seen=lambda tokens: tokens, after=None, texts=None, negative=None
+):
     """The generation loop once more, conditional and unconditional passes apart; guided where there are scales.
 
-    `seen` is what the backbone sees of the tokens; `after` may replace them after a step.
+    `seen` is what the backbone sees of the tokens; `after` may replace them after a step; `texts` and `negative` are
+    what it is told besides, as it takes it.
     """
     tokens, mask = torch.zeros(len(orders), TOKENS, TOKEN_DIM), torch.ones(len(orders), TOKENS, dtype=torch.bool)
     rows, first = torch.arange(len(orders))[:, None], 0
     for step, count in enumerate(counts):
         positions = orders[:, first : first + count]
-        condition = conditions(pipe, seen(tokens), mask, labels, orders, counts)[rows, positions]
+        condition = conditions(pipe, seen(tokens), mask, labels, orders, counts, texts or {})[rows, positions]
         guided = {}
         if scales is not None:
-            negative = conditions(pipe, seen(tokens), mask, None, orders, counts)[rows, positions]
-            guided = {"negative_condition": negative, "guidance_scale": scales[step]}
+            other = conditions(pipe, seen(tokens), mask, None, orders, counts, negative or {})[rows, positions]
+            guided = {"negative_condition": other, "guidance_scale": scales[step]}
         tokens[rows, positions] = pipe.transformer.head.sample(
             condition=condition,
             scheduler=pipe.scheduler,
@@ -110,15 +123,17 @@ def by_hand(pipe, labels, orders, noise, counts, scales=None, seen=lambda tokens
 
 
 def test_the_same_seed_gives_the_same_bytes(either):
-    first, again, other = (either([0, 1], generator=torch.Generator().manual_seed(seed)).images for seed in (5, 5, 6))
+    first, again, other = (
+        either(**subjects(either, 0, 1), generator=torch.Generator().manual_seed(seed)).images for seed in (5, 5, 6)
+    )
     assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
     assert all(a.tobytes() != b.tobytes() for a, b in zip(first, other))
 
 
 def test_a_picture_alone_is_the_picture_in_a_batch(either):
-    together = latents(either, [0, 1, 2, 1], generator=seeds(0, 1, 2, 3))
+    together = either(**subjects(either, 0, 1, 2, 1), output_type="latent", generator=seeds(0, 1, 2, 3)).images
     for place, label in enumerate([0, 1, 2, 1]):
-        alone = latents(either, label, generator=seeds(place))
+        alone = either(**subjects(either, label), output_type="latent", generator=seeds(place)).images
         torch.testing.assert_close(alone[0], together[place], rtol=1e-4, atol=1e-4)
     assert (together[1] - together[3]).abs().max() > 0.1
 
@@ -405,7 +420,8 @@ def test_num_images_per_prompt_repeats_each_label(pipe):
 
 def test_output_types_agree(either):
     found = {
-        kind: either([0, 1], generator=seeds(0, 1), output_type=kind).images for kind in ("pil", "np", "pt", "latent")
+        kind: either(**subjects(either, 0, 1), generator=seeds(0, 1), output_type=kind).images
+        for kind in ("pil", "np", "pt", "latent")
     }
     with torch.no_grad():
         expected = (either.vae.decode(found["latent"]) / 2 + 0.5).clamp(0, 1)
@@ -740,20 +756,24 @@ def test_every_component_may_be_missing():
 
 
 def test_a_call_does_not_mutate_components(either):
+    names = [name for name, part in either.components.items() if isinstance(part, torch.nn.Module)]
+
     def state():
         tensors = {
             f"{name}.{key}": tensor.clone()
-            for name in ("transformer", "vae")
+            for name in names
             for key, tensor in getattr(either, name).state_dict().items()
         }
         rest = [
             (part.config.to_dict(), [(m.training, set(vars(m))) for m in part.modules()])
-            for part in (either.transformer, either.vae)
+            for part in (getattr(either, name) for name in names)
         ]
         return tensors, (rest, dict(either.scheduler.config), dict(either.config), either.image_processor.config)
 
-    (tensors, rest), _ = state(), latents(either, generator=seeds(0))
-    either([0, 1], generator=seeds(0, 1), num_inference_steps=2, num_diffusion_steps=3, temperature=0.9)
+    (tensors, rest), _ = state(), either(**subjects(either, 1), generator=seeds(0))
+    either(
+        **subjects(either, 0, 1), generator=seeds(0, 1), num_inference_steps=2, num_diffusion_steps=3, temperature=0.9
+    )
     tensors_after, rest_after = state()
     assert rest_after == rest
     assert tensors_after.keys() == tensors.keys()
@@ -762,22 +782,23 @@ def test_a_call_does_not_mutate_components(either):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_the_picture(either, dtype):
-    settings = {"generator": seeds(0), "guidance_scale": 1.5}
-    expected = latents(either, **settings)
+    settings = {**subjects(either, 1), "guidance_scale": 1.5, "output_type": "latent"}
+    expected = either(**settings, generator=seeds(0)).images
     either.to(dtype)
-    for name in ("transformer", "vae"):
-        assert {parameter.dtype for parameter in getattr(either, name).parameters()} == {dtype}
-    found = latents(either, generator=seeds(0), guidance_scale=1.5)
+    for part in either.components.values():
+        if isinstance(part, torch.nn.Module):
+            assert {parameter.dtype for parameter in part.parameters()} == {dtype}
+    found = either(**settings, generator=seeds(0)).images
     assert found.dtype == torch.float32
     assert (found - expected).abs().max() < 0.1 * expected.abs().max()
     assert not torch.equal(found, expected)
-    image = either(1, output_type="pt").images
+    image = either(**subjects(either, 1), output_type="pt").images
     assert image.dtype == torch.float32 and image.isfinite().all()
 
 
 def test_components_may_have_different_dtypes(either):
     either.transformer.to(torch.bfloat16)
-    assert either(1, output_type="pt").images.isfinite().all()
+    assert either(**subjects(either, 1), output_type="pt").images.isfinite().all()
 
 
 def test_a_grid_that_is_not_square():
