@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from mar_hf import MARPipeline, build_model_card
-from tiny_pipelines import tiny_pipeline
+from tiny_pipelines import tiny_pipeline, tiny_text_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,32 @@ def test_a_pushed_pipeline_is_complete(hub, pipe):
         "vae/config.json",
         "vae/model.safetensors",
     ]
+
+
+def test_a_pushed_pipeline_of_texts_is_complete_and_its_snippet_runs(hub, tmp_path, monkeypatch):
+    tiny_text_pipeline().push_to_hub("org/texts")
+    card = ModelCard.load("org/texts")
+    assert (
+        card.data.pipeline_tag == "text-to-image" and "pipe(prompt=" in card.text and "class_labels" not in card.text
+    )
+    assert run_snippet(card, tmp_path, monkeypatch).size == (8, 8)
+    files = set(HfApi().list_repo_files("org/texts"))
+    assert {"text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json"} < files
+
+
+def test_the_snippet_of_a_model_that_knows_neither_classes_nor_words_runs(hub, tmp_path, monkeypatch):
+    parts = {"config": {"num_classes": 0}, "id2label": None, "text_encoder": None, "tokenizer": None}
+    tiny_text_pipeline(**parts).push_to_hub("org/states")
+    card = ModelCard.load("org/states")
+    assert "pipe()" in card.text
+    assert run_snippet(card, tmp_path, monkeypatch).size == (8, 8)
+
+
+@pytest.mark.parametrize("prompt", ["a cat", 'says "hi"\n\\', "赤いハート"])
+def test_the_snippet_may_have_a_prompt(prompt, tmp_path, monkeypatch):
+    tiny_text_pipeline().save_pretrained(tmp_path / "model")
+    card = build_model_card(str(tmp_path / "model"), example_prompt=prompt)
+    assert run_snippet(card, tmp_path, monkeypatch).size == (8, 8)
 
 
 def test_pushing_again_keeps_the_users_card(hub, pipe):

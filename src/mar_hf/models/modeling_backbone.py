@@ -133,7 +133,11 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
         return TextContext(prompt_embeds, mask).read_by(self.text_aligner, blocks), dropped
 
     def check_text(
-        self, prompt_embeds: torch.Tensor, prompt_attention_mask: torch.Tensor | None, batch_size: int
+        self,
+        prompt_embeds: torch.Tensor,
+        prompt_attention_mask: torch.Tensor | None,
+        batch_size: int,
+        name: str = "prompt",
     ) -> torch.Tensor:
         """Refuse texts of wrong shapes.
 
@@ -141,6 +145,7 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
             prompt_embeds (`torch.Tensor`): as `forward` takes them.
             prompt_attention_mask (`torch.Tensor`, *optional*): likewise.
             batch_size (`int`): images.
+            name (`str`, *optional*, defaults to `"prompt"`): what the texts are called where they are refused.
 
         Returns:
             `torch.Tensor` of shape `(batch, length)`: the mask as bool; without one, every token counts.
@@ -155,14 +160,14 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
             or not 1 <= prompt_embeds.shape[1] <= limit
         ):
             raise ValueError(
-                f"`prompt_embeds` has to be of shape ({batch_size}, 1..{limit}, {width}), got "
+                f"`{name}_embeds` has to be of shape ({batch_size}, 1..{limit}, {width}), got "
                 f"{tuple(prompt_embeds.shape)}."
             )
         if prompt_attention_mask is None:
             return torch.ones(prompt_embeds.shape[:2], dtype=torch.bool, device=prompt_embeds.device)
         if prompt_attention_mask.shape != prompt_embeds.shape[:2]:
             raise ValueError(
-                f"`prompt_attention_mask` has to be of shape {tuple(prompt_embeds.shape[:2])}, got "
+                f"`{name}_attention_mask` has to be of shape {tuple(prompt_embeds.shape[:2])}, got "
                 f"{tuple(prompt_attention_mask.shape)}."
             )
         return prompt_attention_mask.bool()

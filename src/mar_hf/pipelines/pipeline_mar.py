@@ -577,5 +577,9 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         if not file_exists(repo_id, "README.md", token=token):
             names = self.config.id2label or {}
             names = [names.get(number, "unnamed") for number in range(max(names, default=-1) + 1)]
-            build_model_card(repo_id, class_names=names).push_to_hub(repo_id, token=token)
+            knows_none = self.transformer is not None and self.transformer.config.num_classes == 0
+            example = {"example_class": None if knows_none else 0}
+            if self.text_encoder is not None:
+                example["example_prompt"] = "..."
+            build_model_card(repo_id, class_names=names, **example).push_to_hub(repo_id, token=token)
         return super().push_to_hub(repo_id, **kwargs)

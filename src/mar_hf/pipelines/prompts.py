@@ -88,7 +88,10 @@ class PromptMixin:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """States (texts, length, text_dim) and bool mask of texts, or those that were given, checked."""
         if embeds is not None:
-            return embeds, self.transformer.check_text(embeds, mask, len(embeds))
+            for part, tensor in (("embeds", embeds), ("attention_mask", mask)):
+                if not isinstance(tensor, torch.Tensor | None):
+                    raise ValueError(f"`{name}_{part}` has to be a tensor, got {type(tensor).__name__}.")
+            return embeds, self.transformer.check_text(embeds, mask, len(embeds), name)
         if mask is not None:
             raise ValueError(f"`{name}_attention_mask` goes with `{name}_embeds`, not with `{name}`.")
         texts = [texts] if isinstance(texts, str) else texts
