@@ -270,16 +270,14 @@ class TextTests:
         assert len(reads) == len(COUNTS)
         found = steps(TextContext(embeds, mask))
         assert len(reads) == len(COUNTS) + 1
-        cached = steps(TextContext(embeds, mask), model.make_cache(COUNTS))
-        for one, other, last, count in zip(expected, found, cached, COUNTS, strict=True):
+        cached = [steps(TextContext(embeds, mask), model.make_cache(COUNTS, static)) for static in (False, True)]
+        for one, other, *others, count in zip(expected, found, *cached, COUNTS, strict=True):
             assert one.shape == (8, count, 32)
-            assert torch.equal(one, other) and relative_error(last, one) < 1e-5
+            assert torch.equal(one, other) and all(relative_error(last, one) < 1e-5 for last in others)
         # The branch to be guided away from is the one that training knows: neither text nor class.
-        done = 0
-        for step, count in enumerate(COUNTS, 1):
-            null = model.predict(tokens[:4], orders[:4], COUNTS[:step], None, None, None)
+        for step in range(1, len(COUNTS) + 1):
+            null = model.predict(tokens[:4], orders[:4], COUNTS[:step])
             assert relative_error(expected[step - 1][4:], null) < 1e-5
-            done += count
 
     @torch.no_grad()
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])

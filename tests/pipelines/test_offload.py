@@ -8,22 +8,25 @@ import torch
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 
 from mar_hf import MARPipeline
-from tiny_pipelines import seeds, tiny_kl, tiny_pipeline
+from tiny_pipelines import seeds, tiny_kl, tiny_pipeline, tiny_text_pipeline
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["pixels", "kl", "causal"])
+@pytest.fixture(params=["pixels", "kl", "causal", "texts", "causal-texts"])
 def pipe(request):
-    """On pixels, with an autoencoder, and with the causal backbone."""
+    """On pixels, with an autoencoder, with the causal backbone, and of texts with either."""
+    if request.param.endswith("texts"):
+        return tiny_text_pipeline(backbone="ar" if request.param.startswith("causal") else "mar")
     vae = tiny_kl() if request.param == "kl" else None
     return tiny_pipeline(vae, backbone="ar" if request.param == "causal" else "mar")
 
 
 def generate(pipe):
     """Guided pictures with everything that a call touches."""
-    return pipe([0, 1], generator=seeds(0, 1), output_type="pt", guidance_scale=2.0).images
+    texts = {} if pipe.text_encoder is None else {"prompt": ["a red heart", "cat"]}
+    return pipe([0, 1], generator=seeds(0, 1), output_type="pt", guidance_scale=2.0, **texts).images
 
 
 def modules(pipe):
@@ -37,7 +40,7 @@ def assert_close(found, expected):
 def test_model_offload(pipe):
     expected = generate(pipe)
     pipe.enable_model_cpu_offload(device=DEVICE)
-    assert len(pipe._all_hooks) == 2  # `model_cpu_offload_seq` names both
+    assert len(pipe._all_hooks) == len(modules(pipe))  # `model_cpu_offload_seq` names them all
     for _ in range(2):  # the hooks have to be there again after the first call
         assert_close(generate(pipe), expected)
         assert {parameter.device.type for part in modules(pipe) for parameter in part.parameters()} == {"cpu"}
@@ -56,8 +59,13 @@ def test_model_offload_order(pipe, monkeypatch):
         monkeypatch.setattr(accelerate.hooks.CpuOffload, name, recording)
     pipe.enable_model_cpu_offload(device=DEVICE)
     generate(pipe)
-    to_cpu = [("init_hook", "transformer"), ("init_hook", "vae")]
-    assert moves == [*to_cpu, *[("pre_forward", "transformer")] * 3, ("pre_forward", "vae"), *to_cpu]
+    before = [] if pipe.text_encoder is None else ["text_encoder"]  # once, then it makes room
+    to_cpu = [("init_hook", name) for name in (*before, "transformer", "vae")]
+    used = [*before, *["transformer"] * 3, "vae"]
+    assert moves == [*to_cpu, *[("pre_forward", name) for name in used], *to_cpu]
+    order = [pipe.components[name] for name in (*before, "transformer", "vae")]
+    for part, following in zip(order, order[1:]):
+        assert following._hf_hook.prev_module_hook.model is part
 
 
 @pytest.fixture
@@ -76,7 +84,7 @@ def test_sequential_offload(pipe, plain_cpu):
     pipe.enable_sequential_cpu_offload(device=DEVICE)
     for _ in range(2):
         # Weights are only where they are used: whatever reads one outside of a hooked method fails.
-        parts = [pipe.transformer, pipe.vae.autoencoder or torch.nn.Module()]
+        parts = [pipe.transformer, pipe.vae.autoencoder or torch.nn.Module(), pipe.text_encoder or torch.nn.Module()]
         assert {parameter.device.type for part in parts for parameter in part.parameters()} == {"meta"}
         assert_close(generate(pipe), expected)
 
@@ -110,19 +118,22 @@ def test_device_map(pipe, tmp_path):
     assert_close(generate(placed), expected)
 
 
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_text_pipeline])
 @pytest.mark.parametrize("backbone", ["mar", "ar"])
-def test_weights_that_come_when_called_need_no_class(backbone):
-    pipe = tiny_pipeline(backbone=backbone)
+def test_weights_that_come_when_called_need_no_class(backbone, make):
+    pipe = make(backbone=backbone)
     expected = pipe(generator=seeds(0), output_type="pt").images
     accelerate.cpu_offload(pipe.transformer, execution_device="cpu")
     assert torch.equal(pipe(generator=seeds(0), output_type="pt").images, expected)
 
 
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_text_pipeline])
 @pytest.mark.parametrize("backbone", ["mar", "ar"])
-def test_a_compiled_transformer_is_the_one_that_runs(backbone):
-    pipe, graphs = tiny_pipeline(backbone=backbone), []
-    expected = pipe(class_labels=[1], generator=seeds(0), output_type="pt").images
+def test_a_compiled_transformer_is_the_one_that_runs(backbone, make):
+    pipe, graphs = make(backbone=backbone), []
+    settings = {"class_labels": [1], "output_type": "pt", **({"prompt": "cat"} if pipe.text_encoder else {})}
+    expected = pipe(**settings, generator=seeds(0)).images
     torch.compiler.reset()
     pipe.transformer = torch.compile(pipe.transformer, backend=lambda graph, _: graphs.append(1) or graph)
-    assert torch.equal(pipe(class_labels=[1], generator=seeds(0), output_type="pt").images, expected) and graphs
+    assert torch.equal(pipe(**settings, generator=seeds(0)).images, expected) and graphs
     torch.compiler.reset()

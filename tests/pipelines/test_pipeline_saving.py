@@ -4,6 +4,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -22,7 +23,8 @@ from mar_hf import (
     MARPipeline,
     TokenDDPMScheduler,
 )
-from tiny_pipelines import FEW_STEPS, NAMES, seeds, tiny_kl, tiny_pipeline, tiny_transformer
+from tiny_pipelines import FEW_STEPS, NAMES, seeds, tiny_kl, tiny_pipeline, tiny_text_pipeline, tiny_transformer
+from tiny_texts import TEXT, TEXT_ENCODERS, tiny_text_encoder, tiny_text_tokenizer
 
 
 SETTINGS = {
@@ -38,9 +40,15 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(params=["pixels", "kl", "causal"])
+TEXT_SETTINGS = ("text_dim", "num_text_tokens", "text_aligner_layers", "text_dropout_prob")
+
+
+@pytest.fixture(params=["pixels", "kl", "causal", "texts", "causal-texts"])
 def pipe(request):
-    """On pixels, with an autoencoder, and with the causal backbone."""
+    """On pixels, with an autoencoder, with the causal backbone, and of texts with either."""
+    if request.param.endswith("texts"):
+        backbone = "ar" if request.param.startswith("causal") else "mar"
+        return tiny_text_pipeline(backbone=backbone, generation_defaults=SETTINGS)
     vae = tiny_kl() if request.param == "kl" else None
     return tiny_pipeline(vae, backbone="ar" if request.param == "causal" else "mar", generation_defaults=SETTINGS)
 
@@ -63,8 +71,9 @@ def load(source, **kwargs):
     return pipe
 
 
-def generate(pipe):
-    return pipe([1, 2], generator=seeds(0, 1), output_type="pt").images
+def generate(pipe, **settings):
+    texts = {} if pipe.text_encoder is None else {"prompt": ["a red heart", "cat"], "negative_prompt": "big clock"}
+    return pipe([1, 2], generator=seeds(0, 1), output_type="pt", **texts, **settings).images
 
 
 def files(folder, ending):
@@ -73,7 +82,8 @@ def files(folder, ending):
 
 def assert_same_pipeline(found, expected):
     """Weights, settings and pictures, bit for bit."""
-    for name in ("transformer", "vae"):
+    names = ["transformer", "vae"] if expected.text_encoder is None else ["transformer", "vae", "text_encoder"]
+    for name in names:
         part, other = getattr(found, name), getattr(expected, name)
         assert type(part) is type(other) and not part.training
         tensors, others = part.state_dict(), other.state_dict()
@@ -96,6 +106,8 @@ def test_a_folder_round_trip(pipe, tmp_path):
     assert index["transformer"] == ["mar_hf", "ARForImageGeneration" if causal else "MARForImageGeneration"]
     assert index["vae"] == ["mar_hf", "ImageTokenizer"]
     assert index["scheduler"] == ["mar_hf", "TokenDDPMScheduler"]
+    assert index["text_encoder"] == [None, None] if pipe.text_encoder is None else ["transformers", "T5EncoderModel"]
+    assert (index["tokenizer"] == [None, None]) == (pipe.tokenizer is None)
     assert index["generation_defaults"] == SETTINGS
     found = load(tmp_path)
     assert_same_pipeline(found, pipe)
@@ -115,8 +127,8 @@ def test_a_second_round_trip_changes_nothing(folder, tmp_path):
 
 def test_saved_defaults_are_used(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    plain = tiny_pipeline(pipe.vae, transformer=pipe.transformer)
-    expected = plain([1, 2], generator=seeds(0, 1), output_type="pt", **SETTINGS).images
+    plain = tiny_pipeline(**{name: part for name, part in pipe.components.items() if name != "scheduler"})
+    expected = generate(plain, **SETTINGS)
     assert torch.equal(generate(load(tmp_path)), expected)
     assert not torch.allclose(generate(plain), expected, atol=1e-3)
 
@@ -149,21 +161,25 @@ def test_by_hub_id(hub, pipe, tmp_path):
 
 
 def test_in_a_fresh_process(hub, kl, folder, tmp_path):
-    causal = tiny_pipeline(backbone="ar")
-    kl.push_to_hub("org/fresh")
-    causal.push_to_hub("org/causal")
-    expected = [
-        hashlib.sha256(pipe("kitten", generator=seeds(0)).images[0].tobytes()).hexdigest() for pipe in (kl, causal)
-    ]
+    causal, texts = tiny_pipeline(backbone="ar"), tiny_text_pipeline()
+    for pipe, name in ((kl, "fresh"), (causal, "causal"), (texts, "texts")):
+        pipe.push_to_hub(f"org/{name}")
+
+    def pixels(pipe, **subject):
+        return hashlib.sha256(pipe(**subject, generator=seeds(0)).images[0].tobytes()).hexdigest()
+
+    expected = [*(pixels(pipe, class_labels="kitten") for pipe in (kl, causal)), pixels(texts, prompt="kitten")]
     code = """
 import hashlib, sys, torch
 from mar_hf import MARPipeline
 for source in sys.argv[1:]:
-    image = MARPipeline.from_pretrained(source)("kitten", generator=torch.Generator().manual_seed(0)).images[0]
+    pipe = MARPipeline.from_pretrained(source)
+    subject = {"class_labels" if pipe.text_encoder is None else "prompt": "kitten"}
+    image = pipe(**subject, generator=torch.Generator().manual_seed(0)).images[0]
     print(hashlib.sha256(image.tobytes()).hexdigest())
 """
     environment = {**os.environ, "HF_HOME": str(tmp_path)}
-    sources = [str(folder), "org/fresh", "org/causal"]
+    sources = [str(folder), "org/fresh", "org/causal", "org/texts"]
     run = subprocess.run([sys.executable, "-c", code, *sources], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == [expected[0], *expected]
@@ -314,3 +330,86 @@ def test_components_can_be_left_out(folder, name, tmp_path):
     again = MARPipeline.from_pretrained(tmp_path, **{name: getattr(load(folder), name)})
     again.set_progress_bar_config(disable=True)
     assert torch.equal(generate(again), generate(load(folder)))
+
+
+# Texts
+
+
+@pytest.fixture(params=TEXT_ENCODERS)
+def texts(request):
+    """A pipeline of texts with each of the text encoders."""
+    return tiny_text_pipeline(request.param)
+
+
+def test_text_encoders_and_tokenizers_come_back(texts, tmp_path):
+    texts.save_pretrained(tmp_path)
+    found = load(tmp_path)
+    assert_same_pipeline(found, texts)
+    for text in ("a red heart", "☃ süß", "big " * 30):
+        assert found.tokenizer(text).input_ids == texts.tokenizer(text).input_ids
+    assert found.tokenizer.model_max_length == texts.tokenizer.model_max_length
+    found.save_pretrained(tmp_path / "again")
+    assert_same_pipeline(load(tmp_path / "again"), texts)
+
+
+def test_text_encoders_may_stay_behind(texts, tmp_path):
+    texts.save_pretrained(tmp_path / "whole")
+    found = load(tmp_path / "whole", text_encoder=None, tokenizer=None)
+    assert found.text_encoder is None and found.tokenizer is None
+    embeds, mask, *_ = texts.encode_prompt(["a red heart"])
+    settings = {"generator": seeds(0), "output_type": "pt"}
+    expected = texts(prompt="a red heart", **settings).images
+    states = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+    assert torch.equal(found(**states, **{**settings, "generator": seeds(0)}).images, expected)
+    with pytest.raises(ValueError, match="`prompt` needs the pipeline's `text_encoder` and `tokenizer`"):
+        found(prompt="a red heart")
+    found.save_pretrained(tmp_path / "light")
+    index = json.loads((tmp_path / "light" / "model_index.json").read_text())
+    assert index["text_encoder"] == index["tokenizer"] == [None, None]
+    assert not (tmp_path / "light" / "text_encoder").exists()
+    light = load(tmp_path / "light")
+    assert torch.equal(light(**states, **{**settings, "generator": seeds(0)}).images, expected)
+    # And be given again.
+    parts = {"text_encoder": texts.text_encoder, "tokenizer": texts.tokenizer}
+    assert_same_pipeline(load(tmp_path / "light", **parts), texts)
+
+
+def test_text_encoders_in_half_precision(texts, tmp_path):
+    texts.save_pretrained(tmp_path)
+    half = load(tmp_path, dtype=torch.bfloat16)
+    assert half.text_encoder.dtype == half.transformer.dtype == torch.bfloat16
+    assert generate(half).isfinite().all()
+    mixed = load(tmp_path, dtype={"text_encoder": torch.bfloat16, "default": torch.float32})
+    assert (mixed.text_encoder.dtype, mixed.transformer.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(generate(mixed), generate(texts), rtol=0, atol=0.2)
+
+
+def test_folders_from_before_there_were_texts_load(kl, folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for name, keys in (
+        ("model_index.json", ("text_encoder", "tokenizer")),
+        ("transformer/config.json", TEXT_SETTINGS),
+    ):
+        settings = json.loads((tmp_path / name).read_text())
+        for key in keys:
+            del settings[key]
+        (tmp_path / name).write_text(json.dumps(settings))
+    found = load(tmp_path)
+    assert found.text_encoder is None and found.tokenizer is None and found.transformer.config.text_dim is None
+    assert_same_pipeline(found, kl)
+
+
+def test_a_pipeline_of_classes_becomes_one_of_texts(folder, kl, tmp_path):
+    transformer = MARForImageGeneration.from_pretrained(
+        folder, subfolder="transformer", **TEXT, ignore_mismatched_sizes=True
+    )
+    parts = {"text_encoder": tiny_text_encoder(), "tokenizer": tiny_text_tokenizer()}
+    grown = tiny_pipeline(kl.vae, transformer=transformer, **parts)
+    settings = {"guidance_schedule": "linear", "generator": seeds(0, 1), "output_type": "pt"}
+    # Until it is trained, texts add nothing.
+    expected = generate(kl)
+    assert torch.equal(grown([1, 2], **settings).images, expected)
+    found = grown([1, 2], prompt=["cat", "a"], **{**settings, "generator": seeds(0, 1)}).images
+    assert torch.equal(found, expected)
+    grown.save_pretrained(tmp_path)
+    assert_same_pipeline(load(tmp_path), grown)
