@@ -432,12 +432,7 @@ class Trainer:
         self.tokenizer = load_tokenizer(args, self.dataset, weights=not self.from_latents)
         if not self.from_latents:
             self.tokenizer.to(accelerator.device)
-        text_dim = self.dataset.text_dim if self.from_latents else None
-        if self.text_encoder is not None:
-            text_dim = text_dim or self.text_encoder.config.hidden_size
-            check_text_encoder(self.text_encoder, text_dim)
-            if not self.from_latents:
-                self.text_encoder.to(accelerator.device)
+        text_dim = self.find_text_dim()
         model = build_model(args, self.tokenizer, self.names, text_dim)
         self.model_class, self.config, self.bare_model = type(model), model.config, model
         needs_weights = self.from_latents and model.head.uses_codebook
@@ -479,6 +474,21 @@ class Trainer:
         accelerator.register_for_checkpointing(self.lr_scheduler, self.ema, self.progress)
         # Dropout draws from the global state; processes need not drop the same.
         set_seed(args.seed, device_specific=True)
+
+    def find_text_dim(self) -> int | None:
+        """Width of the states that captions have; None where nothing is trained on captions."""
+        if not self.from_latents:
+            if self.text_encoder is None:
+                return None
+            return self.text_encoder.to(self.accelerator.device).config.hidden_size
+        text_dim = self.dataset.text_dim
+        if self.validation_dataset.text_dim != text_dim:
+            raise ValueError("`validation_data_dir` has to hold what `train_data_dir` does: texts or none.")
+        if self.text_encoder is not None and text_dim is None:
+            raise ValueError("The cached latents hold no texts: cache them with `--pretrained_text_encoder` as well.")
+        if self.text_encoder is not None:
+            check_text_encoder(self.text_encoder, text_dim)
+        return text_dim
 
     def build_noise_scheduler(self) -> TokenDDPMScheduler:
         """The noise schedule of the loss, and the sampler that is saved."""
@@ -679,7 +689,7 @@ class Trainer:
             grid.save(pathlib.Path(target, "samples.png"))
             shutil.copy(folder / "loss.png", target)
             name = self.args.hub_model_id or str(folder / "pipeline")
-            example = {}
+            example = {"example_class": 0 if self.config.num_classes else None}
             if self.text_encoder is not None and not self.from_latents:
                 example["example_prompt"] = self.dataset[0]["text"][0]
             card = build_model_card(name, self.description(), class_names=self.names, **example)

@@ -180,10 +180,16 @@ def test_a_model_may_know_texts_alone(captioned, encoder, tmp_path, sizes):
         pipe(class_labels=[0])
 
 
-def test_data_without_captions_is_refused(tmp_path, encoder):
+def test_data_without_captions_is_refused(trained, tmp_path, encoder):
     pictures = write_pictures(tmp_path / "plain", ["cat", "dog"], 4)
     with pytest.raises(ValueError, match="has no captions: no column 'text'"):
         run(pictures, tmp_path / "out", **text_settings(encoder))
+    forget_accelerate()
+    tokenizer, cache = str(trained / "pipeline" / "vae"), str(tmp_path / "cache")
+    cache_latents.main(cache_latents.Arguments(pictures, tokenizer, cache, resolution=8))
+    forget_accelerate()
+    with pytest.raises(ValueError, match="The cached latents hold no texts"):
+        run(cache, tmp_path / "out", **text_settings(encoder))
     forget_accelerate()
 
 
