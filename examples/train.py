@@ -258,7 +258,7 @@ def load_tokenizer(args: Arguments, dataset: torch.utils.data.Dataset, weights: 
 
 
 def build_model(
-    args: Arguments, tokenizer: ImageTokenizer, names: list[str] | None, text_dim: int | None
+    args: Arguments, tokenizer: ImageTokenizer, names: list[str] | None, text_dim: int | None = None
 ) -> PreTrainedModel:
     """A backbone with its head: with random weights, or those of the pipeline that is fine-tuned."""
     settings = json.loads(args.model_config)
@@ -759,7 +759,10 @@ def main(args: Arguments) -> None:
         # Before the work: it shows whether this is allowed, and the card names the repository.
         name = args.hub_model_id or pathlib.Path(args.output_dir).resolve().name
         args.hub_model_id = HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
-    accelerator.init_trackers("mar_hf", {k: v for k, v in asdict(args).items() if v is not None and k != "hub_token"})
+    settings = {k: v for k, v in asdict(args).items() if v is not None and k != "hub_token"}
+    # TensorBoard takes no lists.
+    settings = {k: json.dumps(v) if isinstance(v, list) else v for k, v in settings.items()}
+    accelerator.init_trackers("mar_hf", settings)
 
     training_loop(trainer)
     if args.push_to_hub and accelerator.is_main_process:
