@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
+from common import tiny_model
 from mar_hf import ARConfig, ImageTokenizer, ImageTokenizerConfig, MARConfig, MARForImageGeneration, MARPipeline
 from mar_hf.conversion import (
     convert_checkpoint,
@@ -418,6 +419,13 @@ def test_export_of_what_the_original_does_not_know(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="model_type is 'bert', those that can be exported are"):
         export_checkpoint(tmp_path, tmp_path / "out.pth")
+
+
+def test_export_of_what_reads_texts(tmp_path):
+    tiny_model(text_dim=8, text_aligner_layers=0).save_pretrained(tmp_path / "transformer")
+    with pytest.raises(ValueError, match=r"no place in the model: model\.\w+_layers\.0\.context_attention"):
+        export_checkpoint(str(tmp_path / "transformer"), str(tmp_path / "original.safetensors"))
+    assert [path.name for path in tmp_path.iterdir()] == ["transformer"]
 
 
 def test_export_says_what_the_file_cannot_hold(tmp_path, caplog):
