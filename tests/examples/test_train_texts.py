@@ -103,19 +103,24 @@ def test_a_run_on_texts_is_resumed_to_the_same_bytes(trained, captioned, encoder
 def test_cached_texts_train_the_same_without_the_text_encoder(captioned, encoder, tmp_path):
     sizes = json.dumps({**NO_DROPOUT, **TEXT_SIZES, "attention_dropout": 0.0, "hidden_dropout": 0.0})
     from_pictures = run(captioned, tmp_path / "pictures", **text_settings(encoder, model_config=sizes))
-    cache_latents.main(
-        cache_latents.Arguments(
+
+    def cache(max_sequence_length):
+        arguments = cache_latents.Arguments(
             train_data_dir=captioned,
             pretrained_tokenizer=str(from_pictures / "pipeline" / "vae"),
             pretrained_text_encoder=encoder,
             caption_templates=TEMPLATES,
-            max_sequence_length=8,
+            max_sequence_length=max_sequence_length,
             output_dir=str(tmp_path / "cache"),
             resolution=8,
             shard_size=4,
         )
-    )
-    forget_accelerate()
+        try:
+            cache_latents.main(arguments)
+        finally:
+            forget_accelerate()
+
+    cache(8)
     from_cache = run(tmp_path / "cache", tmp_path / "cached", model_config=sizes)
     assert losses(from_cache) == pytest.approx(losses(from_pictures), rel=1e-4)
     pipe = MARPipeline.from_pretrained(from_cache / "pipeline")
@@ -124,19 +129,7 @@ def test_cached_texts_train_the_same_without_the_text_encoder(captioned, encoder
         pipe(prompt="a cat")
     # The same texts cut shorter are other texts.
     with pytest.raises(ValueError, match="max_sequence_length was 8, is 3"):
-        cache_latents.main(
-            cache_latents.Arguments(
-                train_data_dir=captioned,
-                pretrained_tokenizer=str(from_pictures / "pipeline" / "vae"),
-                pretrained_text_encoder=encoder,
-                caption_templates=TEMPLATES,
-                max_sequence_length=3,
-                output_dir=str(tmp_path / "cache"),
-                resolution=8,
-                shard_size=4,
-            )
-        )
-    forget_accelerate()
+        cache(3)
 
 
 def test_a_model_of_classes_learns_texts(captioned, encoder, tmp_path):
