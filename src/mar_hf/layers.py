@@ -75,6 +75,7 @@ class BackboneAttention(nn.Module):
         is_causal: bool = False,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend.
 
@@ -84,9 +85,11 @@ class BackboneAttention(nn.Module):
             is_causal (`bool`, *optional*, defaults to `False`): nothing sees what comes after it; without a mask.
             rotary (two `torch.Tensor`, *optional*): how to `rotate` queries and keys.
             past_key_values (`Cache`, *optional*): takes keys and values in and gives all that it holds.
+            wanted (`torch.Tensor` of shape `(batch, wanted)`, *optional*): int64, places in the sequence whose output
+                is needed, where it is not that of all.
 
         Returns:
-            `torch.Tensor` of shape `(batch, length, hidden_size)`.
+            `torch.Tensor` of shape `(batch, length, hidden_size)`, or `(batch, wanted, hidden_size)`.
         """
         batch, length, width = hidden_states.shape
         # (B, N, 3D) -> 3 x (B, heads, N, head_dim)
@@ -96,8 +99,10 @@ class BackboneAttention(nn.Module):
             query, key = (rotate(states, turn) for states, turn in zip((query, key), rotary, strict=True))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_index)
+        if wanted is not None:
+            query = query.gather(2, wanted[:, None, :, None].expand(-1, self.num_heads, -1, query.shape[-1]))
         output = attend(self, query, key, value, attention_mask, is_causal)
-        return self.proj(output.reshape(batch, length, width))
+        return self.proj(output.reshape(batch, -1, width))
 
 
 class ZeroLinear(nn.Linear):
@@ -190,6 +195,19 @@ def attend(
     return function(module, query, key, value, attention_mask, **inputs)[0]
 
 
+def pick(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Some places of a sequence, others in each row.
+
+    Args:
+        states (`torch.Tensor` of shape `(batch, length, size)`): the sequence.
+        positions (`torch.Tensor` of shape `(batch, count)`): int64.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, count, size)`.
+    """
+    return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
+
+
 def rotate(states: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """Turn pairs of channels, the first half being their first members; in float32.
 
@@ -264,6 +282,7 @@ class BackboneLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         context: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+        wanted: torch.Tensor | None = None,
         **attention_inputs: Any,
     ) -> torch.Tensor:
         """Apply the block.
@@ -272,12 +291,16 @@ class BackboneLayer(GradientCheckpointingLayer):
             hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`): input.
             context (three `torch.Tensor`, *optional*): keys, values and mask for [`ContextAttention`]; None for blocks
                 without a context.
+            wanted (`torch.Tensor` of shape `(batch, wanted)`, *optional*): int64, places in the sequence whose output
+                is needed, where it is not that of all: the others are only attended to.
             attention_inputs (`Any`): for [`BackboneAttention`].
 
         Returns:
-            `torch.Tensor` of the same shape.
+            `torch.Tensor` of the same shape, or of shape `(batch, wanted, hidden_size)`.
         """
-        attended = self.attention(self.attention_norm(hidden_states), **attention_inputs)
+        attended = self.attention(self.attention_norm(hidden_states), wanted=wanted, **attention_inputs)
+        if wanted is not None:
+            hidden_states = pick(hidden_states, wanted)
         hidden_states = hidden_states + self.dropout(attended)
         if context is not None:
             attended = self.context_attention(self.context_norm(hidden_states), *context)

@@ -7,7 +7,7 @@ from test_modeling_backbone import BackboneTests, count_head_parameters, count_l
 from text_tests import FRESH_TEXT, TEXT_WEIGHTS, TextTests
 
 from common import relative_error, seeded, tiny_model
-from mar_hf import MARConfig, MARForImageGeneration, MARModel
+from mar_hf import MARConfig, MARForImageGeneration, MARModel, TokenDDPMScheduler
 from mar_hf.generation import GENERATION_ORDERS, sample_mask, sample_num_masked
 from tiny_texts import TEXT
 
@@ -216,8 +216,29 @@ def test_a_step_predicts_the_next_of_the_order(count):
     found = model.predict(tokens, orders, [2, 4, count], labels)
     mask = torch.ones(3, 16, dtype=torch.bool).scatter(1, orders[:, :6], False)
     expected = model(tokens, mask, labels).condition
-    assert torch.equal(found, expected[torch.arange(3)[:, None], orders[:, 6 : 6 + count]])
+    assert relative_error(found, expected[torch.arange(3)[:, None], orders[:, 6 : 6 + count]]) < 1e-5
     assert model.make_cache([2, 4, count]) is None
+
+
+@torch.no_grad()
+def test_the_last_block_computes_only_what_is_wanted():
+    model, (tokens, mask, labels) = tiny_model(num_decoder_layers=2), inputs(3)
+    positions = torch.tensor([[4, 1], [0, 15], [7, 7]])
+    widths = []
+    model.model.decoder_layers[0].mlp.register_forward_hook(lambda _, __, output: widths.append(output.shape[1]))
+    model.model.decoder_layers[1].mlp.register_forward_hook(lambda _, __, output: widths.append(output.shape[1]))
+    found = model(tokens, mask, labels, positions=positions).condition
+    expected = model(tokens, mask, labels).condition
+    assert widths == [18, 2, 18, 18]
+    assert relative_error(found, expected[torch.arange(3)[:, None], positions]) < 1e-5
+
+
+def test_the_loss_needs_all_positions():
+    model, (tokens, mask, labels) = tiny_model(), inputs(3)
+    with pytest.raises(ValueError, match="`positions` does not go with `noise_scheduler`"):
+        model(tokens, mask, labels, TokenDDPMScheduler(), positions=torch.zeros(3, 1, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"`positions` has to be of shape \(3, count\)"):
+        model(tokens, mask, labels, positions=torch.zeros(2, 1, dtype=torch.long))
 
 
 # Errors

@@ -2,6 +2,7 @@
 """MAR's token head: a small MLP that denoises one token, conditioned on the backbone's output."""
 
 import inspect
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -17,6 +18,8 @@ from .head_base import TokenHead, check_sampling_inputs, masked_rows
 
 
 TIMESTEP_CHANNELS = 256
+# Bytes that `sample` computes ahead: many steps at once make large matrix products of small ones.
+MODULATION_BYTES = 2**26
 
 
 class DiffusionHeadBlock(nn.Module):
@@ -44,9 +47,36 @@ class DiffusionHeadBlock(nn.Module):
         Returns:
             `torch.Tensor` of shape `(..., hidden_size)`.
         """
+        return self.update(hidden_states, *self.modulate(activated_embedding))
+
+    def modulate(self, activated_embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What time and condition do to the block. It does not depend on the noisy token.
+
+        Args:
+            activated_embedding (`torch.Tensor` of shape `(..., hidden_size)`): SiLU of time + condition.
+
+        Returns:
+            three `torch.Tensor` of the same shape: shift, 1 + scale, gate.
+        """
         shift, scale, gate = self.modulation(activated_embedding).chunk(3, dim=-1)
-        update = self.norm(hidden_states) * (1 + scale) + shift
-        return hidden_states + gate * self.linear_2(nn.functional.silu(self.linear_1(update)))
+        return shift, 1 + scale, gate
+
+    def update(
+        self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor
+    ) -> torch.Tensor:
+        """Apply the block, modulated.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(..., hidden_size)`): the noisy token's state.
+            shift (`torch.Tensor` of the same shape): from `modulate`.
+            scale (`torch.Tensor` of the same shape): from `modulate`.
+            gate (`torch.Tensor` of the same shape): from `modulate`.
+
+        Returns:
+            `torch.Tensor` of the same shape.
+        """
+        update = self.linear_1(self.norm(hidden_states) * scale + shift)
+        return hidden_states + gate * self.linear_2(nn.functional.silu(update))
 
 
 class DiffusionHead(TokenHead):
@@ -115,7 +145,8 @@ class DiffusionHead(TokenHead):
         Returns:
             `torch.Tensor` of shape `(rows, 2 * token_dim)`: epsilon, then the variance logits.
         """
-        return self._denoise(noisy_tokens, self._embed_time(timesteps) + self._embed_condition(condition))
+        embedding = self._embed_time(timesteps) + self._embed_condition(condition)
+        return self._denoise(noisy_tokens, self._modulate(embedding))
 
     def check_scheduler(self, scheduler: SchedulerMixin, temperature: float = 1.0, **head_kwargs: object) -> None:
         """Refuse a scheduler that can't run this head.
@@ -264,19 +295,26 @@ class DiffusionHead(TokenHead):
         guided = guidance_scale != 1.0
         batch, num_tokens, _ = condition.shape
         scheduler.set_timesteps(num_steps)
-        device = condition.device
-        # What no step changes: the condition's embedding, and each step's time embedding. (2B, K, w) and (S, w)
+        device, own = condition.device, isinstance(scheduler, TokenDDPMScheduler)
+        # What no step changes: the condition's embedding, and each step's time embedding. (2B, K, w) and (S, 1, 1, w)
         embedding = self._embed_condition(torch.cat([condition, negative_condition]) if guided else condition)
-        time_embeddings = self._embed_time(scheduler.timesteps.to(device))
+        time_embeddings = self._embed_time(scheduler.timesteps.to(device, non_blocking=True))[:, None, None]
         if noise is None:
             sample = randn_tensor((batch, num_tokens, self.token_dim), generator=generator, device=device)
         else:
-            sample = noise[:, :, 0].to(device, torch.float32)
+            noise = noise.to(device, torch.float32)
+            sample = noise[:, :, 0]
         sample = sample * scheduler.init_noise_sigma
-        for step, timestep in enumerate(scheduler.timesteps):
+        # As numbers where that is enough: our scheduler has them on the CPU, and the device need not be waited for.
+        timesteps = scheduler.timesteps.tolist() if own else scheduler.timesteps
+        ahead, modulations = self._steps_ahead(embedding), []
+        for step, timestep in enumerate(timesteps):
+            if step % ahead == 0:
+                modulations = self._modulate(time_embeddings[step : step + ahead] + embedding)
             model_input = scheduler.scale_model_input(sample, timestep)
             output = self._denoise(
-                torch.cat([model_input] * 2) if guided else model_input, time_embeddings[step] + embedding
+                torch.cat([model_input] * 2) if guided else model_input,
+                [[part[step % ahead] for part in parts] for parts in modulations],
             )
             output = output.float()
             if guided:
@@ -284,11 +322,10 @@ class DiffusionHead(TokenHead):
                 epsilon, variance = output.chunk(2, dim=-1)
                 unconditional = unconditional.chunk(2, dim=-1)[0]
                 output = torch.cat([unconditional + guidance_scale * (epsilon - unconditional), variance], -1)
-            if isinstance(scheduler, TokenDDPMScheduler):
-                injected = None if noise is None else noise[:, :, step + 1].to(device, torch.float32)
-                sample = scheduler.step(output, timestep, sample, temperature, injected, generator, return_dict=False)[
-                    0
-                ]
+            if own:
+                injected = None if noise is None else noise[:, :, step + 1]
+                stepped = scheduler.step(output, timestep, sample, temperature, injected, generator, return_dict=False)
+                sample = stepped[0]
             else:
                 # (B, 1, K, C): schedulers that keep `variance_type` from our configuration slice epsilon as [:, :3],
                 # which leaves a single channel whole.
@@ -305,11 +342,21 @@ class DiffusionHead(TokenHead):
     def _embed_condition(self, condition: torch.Tensor) -> torch.Tensor:
         return self.condition_proj(condition.to(self.condition_proj.weight.dtype))
 
-    def _denoise(self, noisy_tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """The MLP, given the sum of the time's and the condition's embedding."""
-        hidden_states = self.token_proj(noisy_tokens.to(self.token_proj.weight.dtype))
+    def _steps_ahead(self, embedding: torch.Tensor) -> int:
+        """How many steps' modulations `sample` computes at once: as many as the memory bound allows, at least one."""
+        parts = 3 * len(self.blocks) + 2
+        return max(1, MODULATION_BYTES // (parts * embedding.numel() * embedding.element_size()))
+
+    def _modulate(self, embedding: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        """What the sum of the time's and the condition's embedding does to each block and, last, to the output."""
         embedding = nn.functional.silu(embedding)
-        for block in self.blocks:
-            hidden_states = block(hidden_states, embedding)
         shift, scale = self.out_modulation(embedding).chunk(2, dim=-1)
-        return self.out_proj(self.out_norm(hidden_states) * (1 + scale) + shift)
+        return [*(block.modulate(embedding) for block in self.blocks), (shift, 1 + scale)]
+
+    def _denoise(self, noisy_tokens: torch.Tensor, modulations: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+        """The MLP, modulated."""
+        hidden_states = self.token_proj(noisy_tokens.to(self.token_proj.weight.dtype))
+        for block, parts in zip(self.blocks, modulations[:-1], strict=True):
+            hidden_states = block.update(hidden_states, *parts)
+        shift, scale = modulations[-1]
+        return self.out_proj(self.out_norm(hidden_states) * scale + shift)

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..conditioning import TextAligner, TextContext
 from ..generation import sample_mask, sample_num_masked
-from ..layers import BackboneLayer
+from ..layers import BackboneLayer, pick
 from ..utils import check_generator
 from .configuration_mar import MARConfig
 from .modeling_backbone import BackbonePreTrainedModel, TokenHeadMixin
@@ -80,9 +80,10 @@ class MARModel(MARPreTrainedModel):
         prompt_attention_mask: torch.Tensor | None = None,
         text_context: TextContext | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        positions: torch.Tensor | None = None,
         return_dict: bool | None = None,
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
-        """Condition vectors for all positions.
+        """Condition vectors, for all positions or some.
 
         Args:
             tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the tokens; masked ones are not read.
@@ -98,6 +99,8 @@ class MARModel(MARPreTrainedModel):
             text_context ([`TextContext`], *optional*): in place of the two: keeps what is computed from the texts.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the text and class dropout of
                 training: one, or one per image; None means torch's global one.
+            positions (`torch.Tensor` of shape `(batch, count)`, *optional*): int64, where a condition is wanted; the
+                last block computes no others. None: everywhere.
             return_dict (`bool`, *optional*): False gives a tuple.
 
         Returns:
@@ -108,6 +111,8 @@ class MARModel(MARPreTrainedModel):
                 tokens.
         """
         self.check_inputs(tokens, mask, class_labels)
+        if positions is not None and (positions.ndim != 2 or len(positions) != len(tokens)):
+            raise ValueError(f"`positions` has to be of shape ({len(tokens)}, count), got {tuple(positions.shape)}.")
         check_generator(generator, len(tokens))
         num_tokens, num_prefix = self.config.num_tokens, self.config.num_class_tokens
         if num_masked is None:
@@ -126,7 +131,7 @@ class MARModel(MARPreTrainedModel):
         hidden_states = self.token_proj(tokens.to(self.token_proj.weight.dtype))
         hidden_states = torch.cat([embedding[:, None].expand(-1, num_prefix, -1), hidden_states], dim=1)
         hidden_states = self.token_norm(hidden_states + self.encoder_position_embedding)
-        kept = hidden_states[:, num_prefix:].gather(1, visible[..., None].expand(-1, -1, hidden_states.shape[-1]))
+        kept = pick(hidden_states[:, num_prefix:], visible)
         hidden_states = torch.cat([hidden_states[:, :num_prefix], kept], dim=1)
         for layer, context in zip(self.encoder_layers, contexts[: len(self.encoder_layers)], strict=True):
             hidden_states = layer(hidden_states, context=context)
@@ -138,9 +143,16 @@ class MARModel(MARPreTrainedModel):
         canvas = self.mask_token.to(hidden_states.dtype).expand(tokens.shape[0], num_tokens, -1)
         canvas = canvas.scatter(1, index, hidden_states[:, num_prefix:])
         hidden_states = torch.cat([hidden_states[:, :num_prefix], canvas], dim=1) + self.decoder_position_embedding
-        for layer, context in zip(self.decoder_layers, contexts[len(self.encoder_layers) :], strict=True):
+        *layers, last = zip(self.decoder_layers, contexts[len(self.encoder_layers) :], strict=True)
+        for layer, context in layers:
             hidden_states = layer(hidden_states, context=context)
-        condition = self.decoder_norm(hidden_states)[:, num_prefix:] + self.condition_position_embedding
+        layer, context = last
+        wanted = None if positions is None else positions + num_prefix
+        hidden_states = layer(hidden_states, context=context, wanted=wanted)
+        if positions is None:
+            condition = self.decoder_norm(hidden_states)[:, num_prefix:] + self.condition_position_embedding
+        else:
+            condition = self.decoder_norm(hidden_states) + self.condition_position_embedding[0][positions]
         output = BackboneOutput(condition=condition, encoder_last_hidden_state=encoded)
         return output.to_tuple() if return_dict is False else output
 
@@ -217,6 +229,7 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
         prompt_attention_mask: torch.Tensor | None = None,
         text_context: TextContext | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        positions: torch.Tensor | None = None,
         return_dict: bool | None = None,
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
         """Condition vectors, and the training loss where a noise scheduler is given.
@@ -244,15 +257,20 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
             text_context ([`TextContext`], *optional*): in place of the two: keeps what is computed from the texts.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for what is drawn: one, or one per
                 image; None means torch's global one.
+            positions (`torch.Tensor` of shape `(batch, count)`, *optional*): int64, where a condition is wanted; not
+                with a scheduler, since the loss needs all. None: everywhere.
             return_dict (`bool`, *optional*): False gives a tuple.
 
         Returns:
             [`BackboneOutput`]: `loss` (with a scheduler), `condition`, `encoder_last_hidden_state`.
 
         Raises:
-            ValueError: if a shape or the number of generators does not fit, in eval mode without a mask, or with a
-                list of generators and neither `mask` nor `num_masked`: the batch has one number of masked tokens.
+            ValueError: if a shape or the number of generators does not fit, in eval mode without a mask, with both
+                `positions` and a scheduler, or with a list of generators and neither `mask` nor `num_masked`: the
+                batch has one number of masked tokens.
         """
+        if positions is not None and noise_scheduler is not None:
+            raise ValueError("`positions` does not go with `noise_scheduler`: the loss needs all conditions.")
         if mask is None:
             if not self.training:
                 raise ValueError("`mask` has to be given in eval mode: True for the tokens still to be generated.")
@@ -267,6 +285,7 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
             prompt_attention_mask=prompt_attention_mask,
             text_context=text_context,
             generator=generator,
+            positions=positions,
         )
         if noise_scheduler is not None:
             draws = {"timesteps": timesteps, "noise": noise, "num_masked": num_masked, "generator": generator}
@@ -299,7 +318,6 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
         done = sum(tokens_per_step[:-1])
         num_masked, count = self.config.num_tokens - done, tokens_per_step[-1]
         mask = torch.ones(orders.shape, dtype=torch.bool, device=orders.device).scatter(1, orders[:, :done], False)
-        output = self(tokens, mask, class_labels, num_masked=num_masked, text_context=text_context)
-        condition = output.condition
         positions = orders[:, done : done + count]
-        return condition.gather(1, positions[..., None].expand(-1, -1, condition.shape[-1]))
+        inputs = {"num_masked": num_masked, "text_context": text_context, "positions": positions}
+        return self(tokens, mask, class_labels, **inputs).condition

@@ -22,6 +22,7 @@ from ..generation import (
 )
 from ..hub import build_model_card
 from ..models import ARForImageGeneration, MARForImageGeneration, add_context_noise
+from ..onednn import onednn_linears
 from ..tokenizers import ImageTokenizer
 from .prompts import PromptMixin
 
@@ -479,7 +480,7 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
 
         # 4. Autoregressive loop
         done, cache, was_guided, text_context = 0, None, None, None
-        with self.progress_bar(total=steps) as progress_bar:
+        with onednn_linears(self.transformer), self.progress_bar(total=steps) as progress_bar:
             for step, count in enumerate(tokens_per_step):
                 if self.interrupt:
                     break

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers by oneDNN: the same numbers, and only where nothing is out of the ordinary."""
+
+import pytest
+import torch
+from torch import nn
+
+from common import randomise, relative_error, seeded
+from mar_hf.onednn import FEW_ROWS, onednn_linears
+from tiny_pipelines import tiny_pipeline
+
+
+WIDTH = 512  # of matrices that are large enough to be replaced
+
+
+def model():
+    return randomise(nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH, bias=False)))
+
+
+def replaced(module):
+    return [name for name, part in module.named_modules() if "forward" in vars(part)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape", [(1,), (3, 4), (FEW_ROWS,), (2, FEW_ROWS), (0,)])
+def test_the_numbers_are_the_same(shape, dtype, limit):
+    module, states = model().to(dtype), torch.randn(*shape, WIDTH, generator=seeded(1)).to(dtype)
+    expected = module(states)
+    with onednn_linears(module):
+        found = module(states), module(states)
+    assert expected.numel() == 0 or all(relative_error(again.float(), expected.float()) < limit for again in found)
+    assert found[0].shape == expected.shape and found[0].dtype == dtype
+
+
+@torch.no_grad()
+def test_layers_are_replaced_inside_only_and_read_their_weights_again():
+    module, states = model(), torch.randn(3, WIDTH, generator=seeded(1))
+    with onednn_linears(module):
+        assert replaced(module) == ["0", "2"]
+        before = module(states)
+    assert replaced(module) == []
+    for parameter in module.parameters():
+        parameter.data.mul_(2)  # as averaged weights are set, past torch's count of changes
+    expected = module(states)
+    with onednn_linears(module):
+        assert relative_error(module(states), expected) < 1e-5
+    assert relative_error(expected, before) > 0.1
+
+
+def test_an_error_inside_leaves_nothing_behind():
+    module = model()
+    with pytest.raises(RuntimeError, match="stop"), onednn_linears(module):
+        raise RuntimeError("stop")
+    assert replaced(module) == []
+
+
+@torch.no_grad()
+def test_two_calls_at_once_do_not_disturb_each_other():
+    module, states = model(), torch.randn(3, WIDTH, generator=seeded(1))
+    expected = module(states)
+    outer, inner = onednn_linears(module), onednn_linears(module)
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert torch.equal(module(states), expected)
+    inner.__exit__(None, None, None)
+    assert replaced(module) == []
+
+
+def hooked():
+    module = model()
+    module[0].forward = module[0].forward  # as accelerate's hooks do
+    return module
+
+
+def compiled():
+    module = model()
+    module[1].compile()
+    return module
+
+
+class Quantised(nn.Linear):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states.round())
+
+
+@pytest.mark.parametrize(
+    "make, expected",
+    [
+        (hooked, ["0"]),
+        (compiled, []),
+        (lambda: nn.Sequential(Quantised(WIDTH, WIDTH)), []),
+        (lambda: model().half(), []),
+        (lambda: model().to("meta"), []),
+    ],
+)
+def test_models_out_of_the_ordinary_stay_as_they_are(make, expected):
+    module = make()
+    with onednn_linears(module):
+        assert replaced(module) == expected
+
+
+def test_autocast_keeps_its_own_dtypes():
+    module = model()
+    with torch.autocast("cpu", torch.bfloat16), onednn_linears(module):
+        assert replaced(module) == []
+
+
+def test_pipelines_use_it_while_they_generate():
+    pipe, seen = tiny_pipeline(), []
+
+    def look(pipe, step, done, tensors):
+        seen.append(len(replaced(pipe.transformer)))
+        return {}
+
+    pipe(class_labels=[0], callback_on_step_end=look, num_inference_steps=2, num_diffusion_steps=2)
+    linears = [part for part in pipe.transformer.modules() if isinstance(part, nn.Linear)]
+    assert seen == [len(linears)] * 2
+    assert replaced(pipe.transformer) == []
