@@ -2,6 +2,7 @@
 """What every token head offers."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
@@ -96,6 +97,13 @@ class TokenHead(nn.Module, ABC):
 
         Raises:
             ValueError: if the head can't work with such tokens.
+        """
+
+    def compile_sampling(self, **kwargs: Any) -> None:
+        """Compile what `sample` runs again and again. Heads without such a loop have nothing to do.
+
+        Args:
+            kwargs (`Any`): for `torch.compile`.
         """
 
     @abstractmethod

@@ -4,6 +4,7 @@
 import inspect
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
@@ -314,7 +315,7 @@ class DiffusionHead(TokenHead):
             model_input = scheduler.scale_model_input(sample, timestep)
             output = self._denoise(
                 torch.cat([model_input] * 2) if guided else model_input,
-                [[part[step % ahead] for part in parts] for parts in modulations],
+                [modulation[step % ahead] for modulation in modulations],
             )
             output = output.float()
             if guided:
@@ -334,6 +335,21 @@ class DiffusionHead(TokenHead):
                 sample = sample[0].squeeze(1).float()
         return sample
 
+    def compile_sampling(self, **kwargs: Any) -> None:
+        """Compile the denoising step of `sample`, which `forward` and the loss share.
+
+        Args:
+            kwargs (`Any`): for `torch.compile`.
+        """
+        compiled = torch.compile(self._denoise, **kwargs)
+
+        def denoise(noisy_tokens: torch.Tensor, modulations: Sequence[torch.Tensor]) -> torch.Tensor:
+            # Plain rows in memory of their own: what is compiled then fits any number of tokens.
+            output = compiled(noisy_tokens.flatten(0, -2), torch.stack(list(modulations)).flatten(1, -2))
+            return output.unflatten(0, noisy_tokens.shape[:-1])
+
+        self._denoise = denoise
+
     def _embed_time(self, timesteps: torch.Tensor) -> torch.Tensor:
         # Cosines first, then sines; float32 whatever the weights are.
         sinusoids = get_timestep_embedding(timesteps, TIMESTEP_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -347,16 +363,17 @@ class DiffusionHead(TokenHead):
         parts = 3 * len(self.blocks) + 2
         return max(1, MODULATION_BYTES // (parts * embedding.numel() * embedding.element_size()))
 
-    def _modulate(self, embedding: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-        """What the sum of the time's and the condition's embedding does to each block and, last, to the output."""
+    def _modulate(self, embedding: torch.Tensor) -> list[torch.Tensor]:
+        """What the sum of the time's and the condition's embedding does: shift, 1 + scale and gate of each block, then
+        shift and 1 + scale of the output."""
         embedding = nn.functional.silu(embedding)
         shift, scale = self.out_modulation(embedding).chunk(2, dim=-1)
-        return [*(block.modulate(embedding) for block in self.blocks), (shift, 1 + scale)]
+        return [*(part for block in self.blocks for part in block.modulate(embedding)), shift, 1 + scale]
 
-    def _denoise(self, noisy_tokens: torch.Tensor, modulations: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    def _denoise(self, noisy_tokens: torch.Tensor, modulations: Sequence[torch.Tensor]) -> torch.Tensor:
         """The MLP, modulated."""
+        *parts, shift, scale = modulations
         hidden_states = self.token_proj(noisy_tokens.to(self.token_proj.weight.dtype))
-        for block, parts in zip(self.blocks, modulations[:-1], strict=True):
-            hidden_states = block.update(hidden_states, *parts)
-        shift, scale = modulations[-1]
+        for index, block in enumerate(self.blocks):
+            hidden_states = block.update(hidden_states, *parts[3 * index : 3 * index + 3])
         return self.out_proj(self.out_norm(hidden_states) * scale + shift)

@@ -12,6 +12,7 @@ from diffusers.utils import logging, replace_example_docstring
 from huggingface_hub import create_repo, file_exists
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..compilation import compile_transformer
 from ..conditioning import TextContext, check_text_encoder
 from ..generation import (
     GENERATION_ORDERS,
@@ -562,6 +563,21 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         predict = type(getattr(self.transformer, "_orig_mod", self.transformer)).predict
         condition = predict(self.transformer, tokens, orders, tokens_per_step, labels, cache, text_context)
         return tuple(condition.chunk(2)) if guided else (condition, None)
+
+    def compile(self, **kwargs: Any) -> "MARPipeline":
+        """Compile the transformer's blocks and the head's denoising step, for any number of tokens.
+
+        The first call afterwards takes as long as compiling does. On a CPU eager layers by oneDNN are as fast; see
+        `docs/speed.md`.
+
+        Args:
+            kwargs (`Any`): for `torch.compile`: `mode="reduce-overhead"` replays CUDA graphs.
+
+        Returns:
+            [`MARPipeline`]: itself; unchanged, with a warning, where torch finds no compiler.
+        """
+        compile_transformer(self.transformer, **kwargs)
+        return self
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload the pipeline; a repository without a card gets one whose snippet runs.
