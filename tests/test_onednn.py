@@ -85,10 +85,22 @@ class Quantised(nn.Linear):
         return super().forward(hidden_states.round())
 
 
+class OddTensor(torch.Tensor):
+    """As quantised weights are."""
+
+
+def odd_weights():
+    module = model()
+    for part in (module[0], module[2]):
+        part.weight = nn.Parameter(part.weight.detach().as_subclass(OddTensor))
+    return module
+
+
 @pytest.mark.parametrize(
     "make, expected",
     [
         (hooked, ["0"]),
+        (odd_weights, []),
         (compiled, []),
         (lambda: nn.Sequential(Quantised(WIDTH, WIDTH)), []),
         (lambda: model().half(), []),

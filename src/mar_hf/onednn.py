@@ -56,9 +56,9 @@ def _layers(module: nn.Module) -> list[nn.Linear]:
         for part in modules
         if isinstance(part, nn.Linear)
         and type(part).forward is nn.Linear.forward
+        and type(part.weight.data) is torch.Tensor  # torchao's weights are subclasses
         and part.weight.device.type == "cpu"
         and part.weight.dtype in dtypes
-        and part.weight.layout is torch.strided
     ]
 
 
