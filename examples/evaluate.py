@@ -58,7 +58,10 @@ from training_utils import make_accelerator, parse_arguments
 from mar_hf.cli import draw_grid
 
 
-NUMBERS = {"num_inference_steps": int, "num_diffusion_steps": int, "guidance_scale": float, "temperature": float}
+NUMBERS = {
+    **{"num_inference_steps": int, "num_diffusion_steps": int, "guidance_refresh": int},
+    **{"guidance_scale": float, "temperature": float},
+}
 
 
 @dataclass

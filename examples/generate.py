@@ -16,6 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -32,6 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SAMPLING = (
     *("num_inference_steps", "num_diffusion_steps", "guidance_scale", "temperature"),
     *("guidance_schedule", "token_schedule", "head_step_schedule", "generation_order"),
+    *("guidance_interval", "guidance_refresh"),
 )
 SETTINGS_FILE = "settings.json"
 
@@ -54,6 +56,11 @@ class Arguments:
     token_schedule: str | None = field(default=None, metadata={"help": "cosine or constant"})
     head_step_schedule: str | None = field(default=None, metadata={"help": "constant or linear"})
     generation_order: str | None = field(default=None, metadata={"help": "random, raster, spiral, ..."})
+    guidance_interval: list[float] | None = field(
+        default=None, metadata={"help": "start and end, shares of the steps"}
+    )
+    guidance_refresh: int | None = field(default=None, metadata={"help": "guided steps for one unconditional pass"})
+    scheduler: str | None = field(default=None, metadata={"help": "one of diffusers, such as DDIMScheduler"})
     dtype: str = field(default="float32", metadata={"help": "of the weights", "choices": list(DTYPES)})
     npz: bool = field(default=False, metadata={"help": "also write samples.npz: arr_0 (uint8, NHWC) and labels arr_1"})
 
@@ -73,6 +80,22 @@ def load_pipeline(model: str, accelerator: Accelerator, dtype: str = "float32") 
         pipeline = MARPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(accelerator.device, DTYPES[dtype])
+
+
+def use_scheduler(pipeline: MARPipeline, name: str) -> None:
+    """Let a scheduler of diffusers run the head, with the configuration of the pipeline's own.
+
+    Args:
+        pipeline ([`MARPipeline`]): gets it.
+        name (`str`): of the class.
+
+    Raises:
+        ValueError: if diffusers has no such scheduler.
+    """
+    scheduler = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if scheduler is None:
+        raise ValueError(f"`scheduler` has to be one of diffusers, such as DPMSolverMultistepScheduler, got {name!r}.")
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
 
 
 def class_folders(pipeline: MARPipeline, wanted: Sequence[str] | None = None) -> dict[int, str]:
@@ -197,9 +220,12 @@ def generate(pipeline: MARPipeline, args: Arguments, accelerator: Accelerator) -
         if getattr(args, name) < 1:
             raise ValueError(f"`{name}` has to be at least 1, got {getattr(args, name)}.")
     folders = class_folders(pipeline, args.class_labels)
+    if args.scheduler is not None:
+        use_scheduler(pipeline, args.scheduler)
     sampling = {name: getattr(args, name) for name in SAMPLING}
     sampling = {name: pipeline.generation_defaults[name] if v is None else v for name, v in sampling.items()}
     pipeline.check_inputs(pipeline.generation_defaults | sampling, list(folders), 1, None, None, "pil", [])
+    sampling["guidance_interval"] = list(sampling["guidance_interval"])  # as JSON has it
     settings = {
         "pretrained_model_name_or_path": args.pretrained_model_name_or_path,
         "weights": weights_digest(pipeline),

@@ -16,6 +16,7 @@ from mar_hf.generation import (
     constant_head_steps,
     constant_tokens_per_step,
     cosine_tokens_per_step,
+    guidance_within,
     linear_guidance,
     linear_head_steps,
     look_up,
@@ -26,6 +27,7 @@ from mar_hf.generation import (
     sample_mask,
     sample_num_masked,
     sample_tokens_per_step,
+    settings_for_budget,
     spiral_order,
     subsampled_order,
     zigzag_order,
@@ -280,6 +282,64 @@ def test_no_guidance_stays_no_guidance(name):
 
 def test_constant_guidance():
     assert constant_guidance(4, [1, 2, 5]) == [4.0, 4.0, 4.0]
+
+
+def test_guidance_within_an_interval():
+    scales = [float(step + 2) for step in range(10)]
+    assert guidance_within(scales) == scales
+    assert guidance_within(scales, (0.3, 0.7)) == [1.0] * 3 + scales[3:7] + [1.0] * 3
+    assert guidance_within(scales, [0, 0.01]) == [2.0] + [1.0] * 9
+    # Shares as people write them fall on the steps that they mean.
+    for step in range(100):
+        assert guidance_within([2.0] * 100, (step / 100, 1)).count(1.0) == step
+
+
+# Settings for a budget
+
+CURVE = [
+    {"name": "default", "seconds": 4.0, "distance": 10.0},
+    {"name": "half", "seconds": 2.0, "distance": 10.5},
+    {"name": "other", "seconds": 2.5, "distance": 12.0},
+    {"name": "quarter", "seconds": 1.0, "distance": 10.6},
+    {"name": "tenth", "seconds": 0.4, "distance": 30.0},
+]
+
+
+@pytest.mark.parametrize(
+    "settings, name",
+    [
+        ({"max_seconds": 9.0}, "default"),
+        ({"max_seconds": 4.0}, "default"),
+        ({"max_seconds": 3.0}, "half"),
+        ({"max_seconds": 1.9}, "quarter"),
+        ({"max_seconds": 0.5}, "tenth"),
+        ({"max_seconds": 9.0, "tolerance": 0.5}, "half"),
+        ({"max_seconds": 9.0, "tolerance": 1.0}, "quarter"),
+        ({"max_seconds": 0.9, "tolerance": 1.0}, "tenth"),
+        # A machine that is twice as fast.
+        ({"max_seconds": 2.0, "seconds_here": 2.0}, "default"),
+        ({"max_seconds": 1.9, "seconds_here": 2.0}, "half"),
+    ],
+)
+def test_a_budget_buys_the_best_setting_that_it_can_pay(settings, name):
+    before = [dict(point) for point in CURVE]
+    assert settings_for_budget(CURVE, **settings) is next(point for point in CURVE if point["name"] == name)
+    assert CURVE == before
+
+
+def test_of_equal_settings_the_faster_and_of_equally_fast_ones_the_better_is_taken():
+    equal = [{"seconds": 2.0, "distance": 5.0}, {"seconds": 1.0, "distance": 5.0}, {"seconds": 1.0, "distance": 4.5}]
+    assert settings_for_budget(equal[:2], 3.0) is equal[1]
+    assert settings_for_budget(equal, 3.0, tolerance=1.0) is equal[2]
+
+
+def test_budgets_that_buy_nothing():
+    with pytest.raises(ValueError, match=r"`max_seconds` has to be at least 0\.4.*got 0\.3"):
+        settings_for_budget(CURVE, 0.3)
+    with pytest.raises(ValueError, match=r"`max_seconds` has to be at least 4, .*got 3"):
+        settings_for_budget(CURVE, 3, seconds_here=40.0)
+    with pytest.raises(ValueError, match="`points` is empty"):
+        settings_for_budget([], 1.0)
 
 
 # Head steps

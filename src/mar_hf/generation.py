@@ -217,6 +217,23 @@ def constant_guidance(guidance_scale: float, tokens_per_step: list[int]) -> list
     return [float(guidance_scale)] * len(tokens_per_step)
 
 
+def guidance_within(scales: list[float], interval: tuple[float, float] = (0.0, 1.0)) -> list[float]:
+    """No guidance outside of an interval of the steps (arXiv:2404.07724, there of a diffusion sampler's noise levels).
+
+    Step k of K keeps its scale where start <= k / K < end. Where the scale is 1, the pipeline leaves out the
+    unconditional branch.
+
+    Args:
+        scales (`list[float]`): one scale a step, of all K steps.
+        interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`): start and end, as shares of the steps.
+
+    Returns:
+        `list[float]`: the scales, 1.0 outside of the interval.
+    """
+    start, end = interval
+    return [scale if start <= step / len(scales) < end else 1.0 for step, scale in enumerate(scales)]
+
+
 def constant_head_steps(num_diffusion_steps: int, num_inference_steps: int) -> list[int]:
     """The same number of head steps in every autoregressive step.
 
@@ -248,6 +265,42 @@ def linear_head_steps(num_diffusion_steps: int, num_inference_steps: int, last: 
     if span == 0:
         return [num_diffusion_steps]
     return [last + int((span - step) / span * (num_diffusion_steps - last)) for step in range(num_inference_steps)]
+
+
+def settings_for_budget(
+    points: list[dict[str, Any]], max_seconds: float, seconds_here: float | None = None, tolerance: float = 0.0
+) -> dict[str, Any]:
+    """The best of measured settings that a picture has the time for, from a curve of quality against time.
+
+    `examples/measure_speed.py` measures such a curve.
+
+    Args:
+        points (`list[dict]`): one for each setting, the checkpoint's defaults first. `seconds` is its time for a
+            picture, `distance` how far its pictures are from real ones; what else it holds is not looked at.
+        max_seconds (`float`): the most that a picture may take.
+        seconds_here (`float`, *optional*): the time for a picture with the defaults, measured on this machine: all
+            others change in proportion. None: as in `points`.
+        tolerance (`float`, *optional*, defaults to 0.0): differences of `distance` up to here count as none, and the
+            faster setting is taken: the spread between runs, for one.
+
+    Returns:
+        `dict`: one of the points.
+
+    Raises:
+        ValueError: if there are no points, or none is fast enough.
+    """
+    if not points:
+        raise ValueError("`points` is empty: it has to hold at least the setting of the defaults.")
+    factor = 1.0 if seconds_here is None else seconds_here / points[0]["seconds"]
+    fits = [point for point in points if point["seconds"] * factor <= max_seconds]
+    if not fits:
+        fastest = min(point["seconds"] for point in points) * factor
+        raise ValueError(f"`max_seconds` has to be at least {fastest:.3g}, the fastest setting's, got {max_seconds}.")
+    best = min(point["distance"] for point in fits)
+    return min(
+        (point for point in fits if point["distance"] <= best + tolerance),
+        key=lambda point: (point["seconds"], point["distance"]),
+    )
 
 
 def sample_num_masked(

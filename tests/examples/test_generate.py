@@ -151,6 +151,8 @@ def test_other_peoples_folders_are_refused(model, tmp_path):
         ({"batch_size": 0}, "`batch_size` has to be at least 1, got 0"),
         ({"num_inference_steps": 17}, r"`num_inference_steps` has to lie in 1\.\.16"),
         ({"class_labels": ["dog"]}, "'dog' is unknown"),
+        ({"guidance_interval": [0.5]}, "`guidance_interval` has to be two numbers"),
+        ({"scheduler": "DPM"}, "`scheduler` has to be one of diffusers.*got 'DPM'"),
         ({"class_labels": ["3"]}, r"`class_labels` has to lie in 0\.\.2, got \[3\]"),
     ],
 )
@@ -173,6 +175,19 @@ def test_settings_reach_the_pipeline(model, tmp_path):
         assert np.abs(arrays["arr_0"][0].astype(int) - np.asarray(expected)).max() <= 1
         saved = np.asarray(Image.open(tmp_path / "heart" / "00001.png"))
         assert np.array_equal(arrays["arr_0"][5], saved)
+
+
+def test_guidance_in_some_steps_and_schedulers_of_diffusers(model, tmp_path):
+    settings = {"guidance_interval": [0.5, 1.0], "guidance_refresh": 2, "guidance_scale": 3.0}
+    for _ in range(2):  # the folder knows its own settings again
+        generate.main(arguments(model, tmp_path, class_labels=["clock"], scheduler="DDIMScheduler", **settings))
+    note = json.loads((tmp_path / "settings.json").read_text())
+    assert note["scheduler"] == "DDIMScheduler" and settings.items() <= note.items()
+    pipe = tiny_pipeline()
+    generate.use_scheduler(pipe, "DDIMScheduler")
+    expected = pipe(class_labels=2, generator=image_generator(7, 2, 0), **settings).images[0]
+    found = np.asarray(Image.open(tmp_path / "clock" / "00000.png")).astype(int)
+    assert np.abs(found - np.asarray(expected)).max() <= 1
 
 
 def test_a_model_without_classes(tmp_path):

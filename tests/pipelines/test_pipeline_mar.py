@@ -89,22 +89,34 @@ def conditions(pipe, tokens, mask, labels, orders, counts, texts):
 
 @torch.no_grad()
 def by_hand(
-    pipe, labels, orders, noise, counts, scales=None, seen=lambda tokens: tokens, after=None, texts=None, negative=None
+    pipe,
+    labels,
+    orders,
+    noise,
+    counts,
+    scales=None,
+    seen=lambda tokens: tokens,
+    after=None,
+    texts=None,
+    negative=None,
+    refreshes=None,
 ):
     """The generation loop once more, conditional and unconditional passes apart; guided where there are scales.
 
     `seen` is what the backbone sees of the tokens; `after` may replace them after a step; `texts` and `negative` are
-    what it is told besides, as it takes it.
+    what it is told besides, as it takes it. `refreshes` are the steps with an unconditional pass, None: all.
     """
     tokens, mask = torch.zeros(len(orders), TOKENS, TOKEN_DIM), torch.ones(len(orders), TOKENS, dtype=torch.bool)
     rows, first = torch.arange(len(orders))[:, None], 0
     for step, count in enumerate(counts):
         positions = orders[:, first : first + count]
-        condition = conditions(pipe, seen(tokens), mask, labels, orders, counts, texts or {})[rows, positions]
-        guided = {}
+        everywhere = conditions(pipe, seen(tokens), mask, labels, orders, counts, texts or {})
+        condition, guided = everywhere[rows, positions], {}
         if scales is not None:
-            other = conditions(pipe, seen(tokens), mask, None, orders, counts, negative or {})[rows, positions]
-            guided = {"negative_condition": other, "guidance_scale": scales[step]}
+            if refreshes is None or step in refreshes:
+                other = conditions(pipe, seen(tokens), mask, None, orders, counts, negative or {})
+                change = other - everywhere
+            guided = {"negative_condition": condition + change[rows, positions], "guidance_scale": scales[step]}
         tokens[rows, positions] = pipe.transformer.head.sample(
             condition=condition,
             scheduler=pipe.scheduler,
@@ -191,6 +203,112 @@ def test_with_guidance_it_is_the_loop_by_hand(pipe):
     rows = rows_of_forwards(pipe)
     latents(pipe, [2, 0], **settings)
     assert rows == [4, 4, 4]
+
+
+# Guidance in some of the steps
+
+EIGHT = [1, 1, 1, 2, 3, 2, 3, 3]  # cosine
+EIGHT_STEPS = {"num_inference_steps": 8, "guidance_scale": 3.0, "guidance_schedule": "constant"}
+
+
+@pytest.mark.parametrize(
+    "interval, guided",
+    [((0, 0.5), [0, 1, 2, 3]), ([0.5, 1.0], [4, 5, 6, 7]), ((0.25, 0.7), [2, 3, 4, 5]), ((0.3, 0.35), [])],
+    ids=["early", "late", "middle", "never"],
+)
+def test_guidance_within_an_interval_is_the_loop_by_hand(pipe, interval, guided):
+    # A causal model makes its cache anew for both branches where guidance begins, and for one where it ends.
+    orders, noise = draw(torch.Generator().manual_seed(0), batch=2)
+    scales = [3.0 if step in guided else 1.0 for step in range(8)]
+    expected = by_hand(pipe, torch.tensor([2, 0]), orders, noise, EIGHT, scales)
+    rows = rows_of_forwards(pipe)
+    settings = {"generation_order": orders, "noise": noise, **EIGHT_STEPS}
+    found = latents(pipe, [2, 0], guidance_interval=interval, **settings)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert rows == [4 if step in guided else 2 for step in range(8)]
+
+
+def test_before_the_interval_nothing_is_changed_by_guidance(pipe):
+    orders, noise = draw(torch.Generator().manual_seed(0))
+    settings = {**EIGHT_STEPS, "generation_order": orders, "noise": noise}
+    found, plain, full = (
+        pipe.vae.patchify(latents(pipe, 1, **{**settings, **changes}))[0, orders[0]]
+        for changes in ({"guidance_interval": (0.5, 1.0)}, {"guidance_scale": 1.0}, {})
+    )
+    first = sum(EIGHT[:4])
+    assert torch.equal(found[:first], plain[:first])
+    assert (found[first:] - plain[first:]).abs().max() > 0.1
+    whole = latents(pipe, 1, guidance_interval=(0.0, 1.0), **settings)
+    assert torch.equal(pipe.vae.patchify(whole)[0, orders[0]], full)
+
+
+def test_an_interval_of_a_linear_schedule_leaves_the_scales_inside_alone(pipe):
+    orders, noise = draw(torch.Generator().manual_seed(0))
+    scales = [1 + 2 * 3 / 16, 1 + 2 * 8 / 16, 1.0]
+    expected = by_hand(pipe, torch.tensor([1]), orders, noise, COSINE, scales)
+    settings = {"generation_order": orders, "noise": noise, "guidance_scale": 3.0, "guidance_schedule": "linear"}
+    found = latents(pipe, 1, guidance_interval=(0.0, 2 / 3), **settings)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "refresh, interval, refreshes",
+    [(2, (0, 1), [0, 2, 4, 6]), (3, (0, 1), [0, 3, 6]), (99, (0, 1), [0]), (3, (0.25, 0.9), [2, 5])],
+)
+@pytest.mark.parametrize("text", [False, True], ids=["classes", "null text"])
+def test_refreshed_guidance_is_the_loop_by_hand(refresh, interval, refreshes, text):
+    pipe = tiny_text_pipeline() if text else tiny_pipeline()
+    orders, noise = draw(torch.Generator().manual_seed(0), batch=2)
+    scales = [3.0 if interval[0] <= step / 8 < interval[1] else 1.0 for step in range(8)]
+    # Before the interval the loop by hand has the other branch too, at the scale 1.
+    passes = [*range(refreshes[0]), *refreshes]
+    expected = by_hand(pipe, torch.tensor([2, 0]), orders, noise, EIGHT, scales, refreshes=passes)
+    rows = rows_of_forwards(pipe)
+    settings = {"generation_order": orders, "noise": noise, **EIGHT_STEPS}
+    found = latents(pipe, [2, 0], guidance_refresh=refresh, guidance_interval=interval, **settings)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert rows == [4 if step in refreshes else 2 for step in range(8)]
+    assert (found - latents(pipe, [2, 0], guidance_interval=interval, **settings)).abs().max() > 1e-3
+
+
+def test_refreshed_guidance_of_texts_reads_both_texts():
+    pipe = tiny_text_pipeline()
+    settings = {"prompt": ["a red heart", "cat"], "output_type": "latent", **EIGHT_STEPS, "guidance_refresh": 4}
+    found = pipe(**settings, generator=seeds(0, 1)).images
+    for row, prompt in enumerate(settings["prompt"]):
+        alone = pipe(**{**settings, "prompt": prompt}, generator=seeds(row)).images
+        torch.testing.assert_close(alone[0], found[row], rtol=1e-4, atol=1e-4)
+    other = pipe(**settings, negative_prompt="two big blue clock", generator=seeds(0, 1)).images
+    assert (found - other).abs().max() > 1e-3
+
+
+def test_replaced_latents_refresh_guidance():
+    def callback(pipe, step, done, tensors):
+        return {"latents": tensors["latents"] * (step != 2)}
+
+    pipe, (orders, noise) = tiny_pipeline(), draw(torch.Generator().manual_seed(0))
+    expected = by_hand(
+        *(pipe, torch.tensor([1]), orders, noise, EIGHT, [3.0] * 8),
+        after=lambda step, tokens: tokens * (step != 2),
+        refreshes=[0, 3, 7],
+    )
+    settings = {"generation_order": orders, "noise": noise, "callback_on_step_end": callback, **EIGHT_STEPS}
+    found = latents(pipe, 1, guidance_refresh=4, **settings)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_refreshed_guidance_stops_where_a_callback_turns_it_off():
+    def callback(pipe, step, done, tensors):
+        pipe._guidance_scale = 1.0 if step == 1 else 3.0
+
+    pipe, (orders, noise) = tiny_pipeline(), draw(torch.Generator().manual_seed(0))
+    scales = [3.0, 3.0, 1.0, *[3.0] * 5]
+    expected = by_hand(pipe, torch.tensor([1]), orders, noise, EIGHT, scales, refreshes=[0, 3, 7])
+    settings = {"generation_order": orders, "noise": noise, "callback_on_step_end": callback, **EIGHT_STEPS}
+    rows = rows_of_forwards(pipe)
+    found = latents(pipe, 1, guidance_refresh=4, **settings)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert rows == [2, 1, 1, 2, 1, 1, 1, 2]
 
 
 def test_without_a_class_it_is_the_loop_by_hand_with_the_null_class(pipe):
@@ -356,6 +474,8 @@ def test_the_signature_is_the_documented_one():
         "noise": None,
         "context_noise": None,
         "head_kwargs": None,
+        "guidance_interval": None,
+        "guidance_refresh": None,
         "prompt_embeds": None,
         "prompt_attention_mask": None,
         "negative_prompt_embeds": None,
@@ -457,6 +577,8 @@ OTHER_SETTINGS = {
     "temperature": 0.5,
     "generation_order": "raster",
     "context_noise": 0.5,
+    "guidance_interval": [0.4, 0.8],
+    "guidance_refresh": 2,
 }
 
 
@@ -491,6 +613,8 @@ def test_without_defaults_of_its_own_a_pipeline_has_the_papers():
         "generation_order": "random",
         "context_noise": 0.0,
         "head_kwargs": None,
+        "guidance_interval": (0.0, 1.0),
+        "guidance_refresh": 1,
     }
     assert tiny_pipeline(generation_defaults=None).generation_defaults["num_inference_steps"] == TOKENS
 

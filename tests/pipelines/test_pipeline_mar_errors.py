@@ -111,6 +111,15 @@ def test_no_labels(refused, labels):
         ({"context_noise": 1.5}, ["[0, 1]", "got 1.5"]),
         ({"context_noise": "some"}, ["[0, 1]", "got 'some'"]),
         ({"head_kwargs": ["top_k"]}, ["a dict", "got ['top_k']"]),
+        ({"guidance_interval": (0.5, 0.5)}, ["0 <= start < end <= 1", "got (0.5, 0.5)", "`guidance_scale=1.0`"]),
+        ({"guidance_interval": [0.2, 1.1]}, ["0 <= start < end <= 1", "got [0.2, 1.1]"]),
+        ({"guidance_interval": (-0.1, 1)}, ["0 <= start < end <= 1", "got (-0.1, 1)"]),
+        ({"guidance_interval": (0, float("nan"))}, ["0 <= start < end <= 1", "got (0, nan)"]),
+        ({"guidance_interval": (0, 0.5, 1)}, ["two numbers", "got (0, 0.5, 1)"]),
+        ({"guidance_interval": ("0", "1")}, ["two numbers", "got ('0', '1')"]),
+        ({"guidance_interval": 0.5}, ["two numbers", "got 0.5"]),
+        ({"guidance_refresh": 0}, ["an integer from 1 on", "got 0"]),
+        ({"guidance_refresh": 2.0}, ["an integer from 1 on", "got 2.0"]),
         ({"output_type": "jpg"}, ["pil, np, pt or latent", "got 'jpg'"]),
         ({"output_type": None}, ["pil, np, pt or latent", "got None"]),
         ({"callback_on_step_end_tensor_inputs": ["latents", "noise"]}, ["['latents', 'mask']", "got ['noise']"]),
@@ -170,6 +179,11 @@ def test_a_temperature_that_the_scheduler_does_not_have(refused):
 def test_steps_of_more_tokens_than_the_causal_model_predicts(limit, kwargs, fragments):
     transformer = tiny_transformer(backbone="ar", max_tokens_per_step=limit)
     refuse(tiny_pipeline(transformer=transformer, generation_defaults=None), fragments, **kwargs)
+
+
+def test_a_causal_model_has_no_refreshed_guidance():
+    pipe = tiny_pipeline(backbone="ar")
+    refuse(pipe, ["`guidance_refresh` has to be 1 for a causal model", "got 2"], guidance_refresh=2)
 
 
 def test_saved_steps_of_more_tokens_than_the_causal_model_predicts():

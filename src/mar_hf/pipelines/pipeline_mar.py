@@ -19,6 +19,7 @@ from ..generation import (
     GUIDANCE_SCHEDULES,
     HEAD_STEP_SCHEDULES,
     TOKEN_SCHEDULES,
+    guidance_within,
     look_up,
 )
 from ..hub import build_model_card
@@ -42,6 +43,8 @@ GENERATION_DEFAULTS: dict[str, Any] = {
     "generation_order": "random",
     "context_noise": 0.0,
     "head_kwargs": None,
+    "guidance_interval": (0.0, 1.0),
+    "guidance_refresh": 1,
 }
 
 # Tokens have unit variance; beyond this they are not tokens any more but a sampler that ran away.
@@ -149,7 +152,7 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the running call computes the unconditional branch."""
+        """Whether the running call is guided, in the steps of its interval."""
         return self._conditional and self._guidance_scale != 1.0
 
     @property
@@ -220,6 +223,7 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         self.transformer.check_tokens_per_step(schedule(config.num_tokens, steps))
         look_up(GUIDANCE_SCHEDULES, settings["guidance_schedule"], "guidance_schedule")
         look_up(HEAD_STEP_SCHEDULES, settings["head_step_schedule"], "head_step_schedule")
+        self._check_guidance(settings)
         self._check_order(settings["generation_order"], len(labels))
         level = settings["context_noise"]
         if not isinstance(level, (int, float)) or not 0 <= level <= 1:
@@ -268,6 +272,21 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < limit:
             raise ValueError(f"`class_labels` has to lie in 0..{limit - 1} or be class names, got {label!r}.")
         return label
+
+    def _check_guidance(self, settings: dict[str, Any]) -> None:
+        interval, refresh = settings["guidance_interval"], settings["guidance_refresh"]
+        numbers = isinstance(interval, (list, tuple)) and all(isinstance(end, (int, float)) for end in interval)
+        if not numbers or len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+            raise ValueError(
+                f"`guidance_interval` has to be two numbers, 0 <= start < end <= 1, got {interval!r}; "
+                "`guidance_scale=1.0` is no guidance."
+            )
+        if not isinstance(refresh, int) or refresh < 1:
+            raise ValueError(f"`guidance_refresh` has to be an integer from 1 on, got {refresh!r}.")
+        if refresh > 1 and self.transformer.make_cache([1]) is not None:
+            raise ValueError(
+                f"`guidance_refresh` has to be 1 for a causal model, got {refresh}: its cache needs every step."
+            )
 
     def _check_order(self, order: str | torch.Tensor, batch_size: int) -> None:
         if isinstance(order, str):
@@ -348,6 +367,8 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         noise: torch.Tensor | None = None,
         context_noise: float | None = None,
         head_kwargs: dict[str, Any] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_refresh: int | None = None,
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -389,6 +410,11 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
                 models trained with some; 0.0 means none.
             head_kwargs (`dict`, *optional*): further arguments of the head's `sample`, such as `top_k` and `top_p` of
                 a categorical head.
+            guidance_interval (`tuple[float, float]`, *optional*): shares of the autoregressive steps between which
+                there is guidance (arXiv:2404.07724); outside of it the unconditional branch is not computed.
+            guidance_refresh (`int`, *optional*): guided steps for which one pass of the backbone without the class
+                serves: what the class changes in the conditions is taken over from the first of them (the condition
+                cache of LazyMAR, arXiv:2503.12450). 1, in every step, is exact; causal models know no other.
             prompt_embeds (`torch.Tensor` of shape `(texts, length, text_dim)`, *optional*): the text encoder's states,
                 instead of `prompt`.
             prompt_attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*): 1 for tokens, 0 for padding
@@ -425,6 +451,8 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
             "generation_order": generation_order,
             "context_noise": context_noise,
             "head_kwargs": head_kwargs,
+            "guidance_interval": guidance_interval,
+            "guidance_refresh": guidance_refresh,
         }
         defaults = self.generation_defaults
         settings = {name: defaults[name] if value is None else value for name, value in given.items()}
@@ -480,32 +508,42 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         mask = torch.ones(batch_size, config.num_tokens, dtype=torch.bool, device=device)
 
         # 4. Autoregressive loop
-        done, cache, was_guided, text_context = 0, None, None, None
+        done, cache, had_both, text_contexts, ahead = 0, None, None, {}, None
         with onednn_linears(self.transformer), self.progress_bar(total=steps) as progress_bar:
             for step, count in enumerate(tokens_per_step):
                 if self.interrupt:
                     break
                 positions = orders[:, done : done + count]
-                guided = self.do_classifier_free_guidance
-                if cache is None or guided != was_guided:
-                    # What callbacks change is not what was kept.
-                    if guided != was_guided:
-                        text_context = self._make_text_context(texts, guided)
-                    cache, was_guided = self.transformer.make_cache(tokens_per_step), guided
+                scales = guidance(self.guidance_scale, tokens_per_step)
+                scale = guidance_within(scales, settings["guidance_interval"])[step] if self._conditional else 1.0
+                # Where the unconditional branch is computed, it is for the tokens of the next steps, too.
+                both = scale != 1.0 and (ahead is None or ahead.shape[1] == 0)
+                upcoming = tokens_per_step[step : step + settings["guidance_refresh"]] if both else [count]
+                if cache is None or both != had_both:
+                    # A cache is of one branch or of both; made anew, it takes in all steps before.
+                    cache, had_both = self.transformer.make_cache(tokens_per_step), both
+                if both not in text_contexts:
+                    text_contexts[both] = self._make_text_context(texts, both)
                 condition, negative = self._predict(
                     tokens if context is None else add_context_noise(tokens, context, level),
                     orders,
-                    tokens_per_step[: step + 1],
+                    [*tokens_per_step[:step], sum(upcoming)],
                     labels,
                     cache,
-                    text_context,
+                    text_contexts[both],
+                    both,
                 )
+                if both:
+                    ahead = (negative - condition)[:, count:]
+                    condition, negative = condition[:, :count], negative[:, :count]
+                elif scale != 1.0:
+                    negative, ahead = condition + ahead[:, :count], ahead[:, count:]
+                else:
+                    ahead = None
                 sampled = self.transformer.head.sample(
                     condition=condition,
                     negative_condition=negative,
-                    guidance_scale=guidance(self.guidance_scale, tokens_per_step)[step]
-                    if negative is not None
-                    else 1.0,
+                    guidance_scale=scale,
                     scheduler=self.scheduler,
                     num_steps=head_steps[step],
                     temperature=settings["temperature"],
@@ -524,7 +562,9 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
                     returned = callback_on_step_end(self, step, done, kwargs) or {}
                     if "latents" in returned:
                         tokens = self.vae.patchify(returned["latents"]).to(tokens)
-                        cache = cache if torch.equal(tokens, before) else None
+                        if not torch.equal(tokens, before):
+                            # What was kept is not of these tokens.
+                            cache = ahead = None
                 progress_bar.update()
 
         # 5. Decode
@@ -552,17 +592,17 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         labels: torch.Tensor | None,
         cache: Cache | None,
         text_context: TextContext | None,
+        both: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Condition vectors (B, K, D) of the last step, and those of the other branch where guidance needs them."""
-        guided = self.do_classifier_free_guidance
-        if guided:
+        """Condition vectors (B, K, D) of the last step, and those without the class for `both` branches."""
+        if both:
             tokens, orders = torch.cat([tokens] * 2), torch.cat([orders] * 2)
-        if guided and labels is not None:
+        if both and labels is not None:
             labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
         # A wrapper of torch.compile passes methods on to the module inside, which would run as it is.
         predict = type(getattr(self.transformer, "_orig_mod", self.transformer)).predict
         condition = predict(self.transformer, tokens, orders, tokens_per_step, labels, cache, text_context)
-        return tuple(condition.chunk(2)) if guided else (condition, None)
+        return tuple(condition.chunk(2)) if both else (condition, None)
 
     def compile(self, **kwargs: Any) -> "MARPipeline":
         """Compile the transformer's blocks and the head's denoising step, for any number of tokens.
