@@ -6,8 +6,10 @@
 
 For every row of `test/metadata.jsonl` with a `role`, `gender` and `tone` (`prepare_emoji.py --captions --hold-out`),
 pictures are generated from its first caption. The nearest real picture among all genders and tones of the role, by
-squared distance of pixels, should be the one held out. Reported for each guidance scale, beside chance and beside
-shuffled prompts: pictures of other rows' captions, judged as if they were for this one.
+squared distance of pixels, should be the one held out. Reported for each guidance scale, beside chance, beside
+shuffled prompts (pictures of other rows' captions, judged as if they were for this one) and beside the limit that the
+image tokenizer sets: the real pictures, encoded and decoded. `--split train` does the same with combinations that the
+model saw.
 """
 
 import json
@@ -33,6 +35,7 @@ from mar_hf.utils import atomic_folder
 
 
 ATTRIBUTES = ("gender", "tone")
+SETTINGS = ("num_inference_steps", "num_diffusion_steps", "temperature")
 
 
 @dataclass
@@ -45,6 +48,8 @@ class Arguments:
     pretrained_text_encoder: str | None = field(
         default=None, metadata={"help": "folder or hub id, where the pipeline comes without"}
     )
+    split: str = field(default="test", metadata={"help": "whose captions", "choices": ["test", "train"]})
+    num_prompts: int | None = field(default=None, metadata={"help": "so many captions, from all over; default: all"})
     guidance_scales: list[float] = field(
         default_factory=lambda: [1.0, 2.0, 3.0, 4.0, 6.0, 8.0], metadata={"help": "each is measured"}
     )
@@ -56,8 +61,8 @@ class Arguments:
     seed: int = field(default=0, metadata={"help": "of all pictures"})
 
     def __post_init__(self) -> None:
-        for name in ("num_images_per_prompt", "batch_size"):
-            if getattr(self, name) < 1:
+        for name in ("num_prompts", "num_images_per_prompt", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
         if not self.guidance_scales:
             raise ValueError("`guidance_scales` is empty.")
@@ -161,7 +166,7 @@ def generate(pipe: MARPipeline, prompts: Sequence[str], scale: float, args: Argu
         `list[PIL.Image.Image]`: as many for each prompt.
     """
     jobs = [(prompt, number) for prompt in prompts for number in range(args.num_images_per_prompt)]
-    settings = {name: getattr(args, name) for name in ("num_inference_steps", "num_diffusion_steps", "temperature")}
+    settings = {name: getattr(args, name) for name in SETTINGS}
     images = []
     for first in range(0, len(jobs), args.batch_size):
         batch = jobs[first : first + args.batch_size]
@@ -170,6 +175,23 @@ def generate(pipe: MARPipeline, prompts: Sequence[str], scale: float, args: Argu
         images += pipe(prompt=texts, guidance_scale=scale, generator=generators, **settings).images
         bar.update(len(batch))
     return images
+
+
+@torch.no_grad()
+def reconstruct(pipe: MARPipeline, points: torch.Tensor, size: int) -> torch.Tensor:
+    """What the image tokenizer makes of real pictures.
+
+    Args:
+        pipe ([`MARPipeline`]): its image tokenizer is used.
+        points (`torch.Tensor` of shape `(pictures, 3 * size * size)`): see `read_pixels`.
+        size (`int`): side in pixels.
+
+    Returns:
+        `torch.Tensor`: of the same shape.
+    """
+    pixels = points.unflatten(1, (size, size, 3)).permute(0, 3, 1, 2).to(pipe.device) * 2 - 1
+    decoded = pipe.vae.decode(pipe.vae.encode(pixels, sample_posterior=False).tokens)
+    return (decoded.clamp(-1, 1).permute(0, 2, 3, 1).flatten(1).cpu() + 1) / 2
 
 
 def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
@@ -184,6 +206,7 @@ def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
     for axis, name in zip(axes, ("both", *ATTRIBUTES), strict=True):
         for kind, style in (("right", "o-"), ("shuffled", "s--")):
             axis.plot(scales, [result[kind][name] for result in report["results"]], style, label=f"{kind} prompts")
+        axis.axhline(report["limit"][name], color="grey", linestyle="-.", label="limit of the tokenizer")
         axis.axhline(report["chance"][name], color="grey", linestyle=":", label="chance")
         axis.set(title=name, xlabel="guidance scale", ylim=(0, 1))
         axis.grid(alpha=0.3)
@@ -194,12 +217,34 @@ def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
     plt.close(figure)
 
 
+def draw_samples(wanted: Sequence[dict], images: Sequence[Image.Image], size: int) -> Image.Image:
+    """A row for each of about twelve captions: the real picture, then those that were drawn.
+
+    Args:
+        wanted (`Sequence[dict]`): rows asked for.
+        images (`Sequence[PIL.Image.Image]`): generated, as many for each row.
+        size (`int`): side in pixels.
+
+    Returns:
+        `PIL.Image.Image`: a labelled grid.
+    """
+    cells, each = [], len(images) // len(wanted)
+    shown = range(0, len(wanted), max(1, len(wanted) // 12))
+    for index in shown:
+        cells.append(Image.fromarray(np.array(center_crop(Image.open(wanted[index]["path"]), size))))
+        cells += images[index * each : (index + 1) * each]
+    return draw_grid(cells, [wanted[index]["text"][0] for index in shown])
+
+
 def main(args: Arguments) -> None:
     """Generate, find neighbours, report."""
     data = pathlib.Path(args.data_dir)
-    wanted = read_rows(data / "test")
+    splits = {name: read_rows(data / name) for name in ("test", "train")}
+    wanted = splits[args.split]
     if not wanted:
-        raise ValueError(f"`data_dir` {args.data_dir!r} holds out no combination of role, gender and tone.")
+        raise ValueError(f"`data_dir` {args.data_dir!r} has no role, gender and tone in {args.split!r}.")
+    if args.num_prompts is not None and args.num_prompts < len(wanted):
+        wanted = [wanted[len(wanted) * number // args.num_prompts] for number in range(args.num_prompts)]
     pipe = load_pipeline(args.pretrained_model_name_or_path, make_accelerator())
     if args.pretrained_text_encoder is not None:
         text_encoder, tokenizer = load_text_encoder(args.pretrained_text_encoder)
@@ -207,7 +252,7 @@ def main(args: Arguments) -> None:
     size = pipe.transformer.config.grid_height * pipe.vae.stride
     roles = {row["role"] for row in wanted}
     by_role = defaultdict(list)
-    for row in [*wanted, *read_rows(data / "train")]:
+    for row in [*splits["test"], *splits["train"]]:
         if row["role"] in roles:
             by_role[row["role"]].append(row)
     candidates = {
@@ -221,6 +266,8 @@ def main(args: Arguments) -> None:
     # What a picture of the right role gives that knows nothing else.
     blind = [shares(by_role[row["role"]], [row] * len(by_role[row["role"]])) for row in wanted]
     chance = {name: sum(one[name] for one in blind) / len(blind) for name in blind[0]}
+    real = torch.stack([candidates[row["role"]][1][by_role[row["role"]].index(row)] for row in wanted])
+    limit = shares(nearest(reconstruct(pipe, real, size), wanted, candidates), wanted)
     results, pictures = [], {}
     with tqdm(total=len(repeated) * len(args.guidance_scales)) as bar:
         for scale in args.guidance_scales:
@@ -231,23 +278,20 @@ def main(args: Arguments) -> None:
             result["shuffled"] = shares(nearest(points, others, candidates), others)
             result["confusion"] = {name: confusion(found, repeated, name) for name in ATTRIBUTES}
             results.append(result)
-    report = {"num_prompts": len(wanted), "num_images_per_prompt": args.num_images_per_prompt, "seed": args.seed}
-    report |= {"settings": pipe.generation_defaults, "chance": chance, "results": results}
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    report = {"split": args.split, "num_prompts": len(wanted), "num_images_per_prompt": args.num_images_per_prompt}
+    report |= {"seed": args.seed, "settings": {**pipe.generation_defaults, **given}}
+    report |= {"chance": chance, "limit": limit, "results": results}
     best = max(results, key=lambda result: result["right"]["both"])["guidance_scale"]
     with atomic_folder(args.output_dir) as folder:
         (folder / "metrics.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
         draw_curve(report, folder / "guidance.png")
-        rows, shown = [], range(0, len(wanted), max(1, len(wanted) // 12))
-        for index in shown:
-            own = slice(index * args.num_images_per_prompt, (index + 1) * args.num_images_per_prompt)
-            real = Image.fromarray(np.array(center_crop(Image.open(wanted[index]["path"]), size)))
-            rows += [real, *pictures[best][own]]
-        draw_grid(rows, [prompts[index] for index in shown]).save(folder / "samples.png")
+        draw_samples(wanted, pictures[best], size).save(folder / "samples.png")
     for result in results:
         print(
             f"guidance {result['guidance_scale']:g}: {result['right']}, shuffled prompts {result['shuffled']['both']}"
         )
-    print(f"chance {chance}")
+    print(f"chance {chance}, limit of the tokenizer {limit}")
 
 
 if __name__ == "__main__":

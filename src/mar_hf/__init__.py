@@ -5,13 +5,12 @@ Importing the package registers its classes with diffusers and with the Auto cla
 checkpoints that name them load from a folder and from the hub.
 """
 
-import pathlib
-
 from diffusers import SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers import PreTrainedModel
 
 from . import conversion, generation
+from .demo import demo_checkpoint, demo_text_encoder
 from .heads import TOKEN_HEADS, CategoricalHead, DiffusionHead, TokenHead
 from .hub import build_model_card
 from .models import (
@@ -37,15 +36,6 @@ LOADABLE_CLASSES.setdefault(
 )
 
 
-def demo_checkpoint() -> str:
-    """The folder of the small trained pipeline that ships with the package: emoji of 12 classes, 32 x 32 pixels.
-
-    Returns:
-        `str`: a path for `MARPipeline.from_pretrained`.
-    """
-    return str(pathlib.Path(__file__).parent / "checkpoints" / "emoji")
-
-
 __all__ = [
     "TOKEN_HEADS",
     "ARConfig",
@@ -65,5 +55,6 @@ __all__ = [
     "build_model_card",
     "conversion",
     "demo_checkpoint",
+    "demo_text_encoder",
     "generation",
 ]

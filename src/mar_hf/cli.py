@@ -18,7 +18,6 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 
-from . import demo_checkpoint
 from .conditioning import load_text_encoder
 from .conversion import (
     ORIGINAL_SCALING_FACTOR,
@@ -28,6 +27,7 @@ from .conversion import (
     read_json,
     weight_files,
 )
+from .demo import DEMO_CHECKPOINTS, demo_checkpoint, demo_text_encoder
 from .models import BACKBONES, ARConfig
 from .pipelines import MARPipeline
 from .tokenizers import ImageTokenizer, ImageTokenizerConfig
@@ -75,7 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts, for models that take them")
     sub.add_argument(
-        "--text-encoder", metavar="FOLDER", help="for texts, where the model comes without: folder or hub id"
+        "--text-encoder",
+        metavar="FOLDER",
+        help="for texts, where the model comes without: folder or hub id (`--demo` finds its own, if installed)",
     )
     sub.add_argument(
         "--num-images-per-class", "--num-images-per-prompt", type=int, default=4, help="(default: %(default)s)"
@@ -97,7 +99,13 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("model", metavar="MODEL", nargs="?", help="a folder or a hub id")
-    which.add_argument("--demo", action="store_true", help="the small model that comes with the package")
+    which.add_argument(
+        "--demo",
+        nargs="?",
+        const=True,
+        choices=list(DEMO_CHECKPOINTS),
+        help="a small model that comes with the package (default: emoji; with `--prompt`: text)",
+    )
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -163,16 +171,27 @@ def info(args: argparse.Namespace) -> None:
     print("\n".join(f"{key:<13}{value}".rstrip() for key, value in describe(folder)))
 
 
+def _demo(args: argparse.Namespace) -> str | None:
+    """Name of the demo; where only `--demo` is said, the one that takes what is asked for."""
+    if args.demo is True:
+        return "emoji" if vars(args).get("prompt") is None else "text"
+    return args.demo
+
+
 def _model(args: argparse.Namespace) -> str:
-    return str(demo_checkpoint()) if args.demo else args.model
+    demo = _demo(args)
+    return args.model if demo is None else demo_checkpoint(demo)
 
 
 def _text_encoder(args: argparse.Namespace) -> dict[str, Any]:
-    if args.text_encoder is None:
-        return {}
     if args.prompt is None:
-        raise ValueError("`--text-encoder` goes with `--prompt`")
-    return dict(zip(("text_encoder", "tokenizer"), load_text_encoder(args.text_encoder), strict=True))
+        if args.text_encoder is not None:
+            raise ValueError("`--text-encoder` goes with `--prompt`")
+        return {}
+    source = args.text_encoder
+    if source is None and _demo(args) == "text":
+        source = demo_text_encoder()
+    return {} if source is None else dict(zip(("text_encoder", "tokenizer"), load_text_encoder(source), strict=True))
 
 
 def choose_subjects(
@@ -368,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     diffusers.utils.logging.disable_progress_bar()
     try:
         args.run(args)
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         print("mar-hf:", *str(error).split(), file=sys.stderr)
         return 2
     return 0

@@ -41,8 +41,10 @@ def test_snippets_run(page, tmp_path, monkeypatch, hub):
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_commands_exist(page):
     for words in commands(page):
-        while re.match(r"\w+=", words[0]):  # a variable for this command only
+        while words and re.match(r"\w+=", words[0]):  # a variable, mostly for this command only
             words = words[1:]
+        if not words:
+            continue
         if words[0] == "make":
             targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
             assert set(words[1:]) <= set(targets), words
