@@ -25,7 +25,9 @@ def latents(pipe, steps, **call):
     return pipe(generator=seeded(3), output_type="latent", token_schedule="cosine", **call).images
 
 
-@pytest.mark.parametrize("backbone, make", [("mar", tiny_pipeline), ("mar", tiny_text_pipeline), ("ar", tiny_pipeline)])
+@pytest.mark.parametrize(
+    "backbone, make", [("mar", tiny_pipeline), ("mar", tiny_text_pipeline), ("ar", tiny_pipeline)]
+)
 def test_the_same_pictures_without_compiling_again(backbone, make):
     pipe = make(backbone=backbone)
     expected = {steps: latents(pipe, steps) for steps in (3, 7)}

@@ -16,8 +16,9 @@ logger = logging.get_logger(__name__)
 def compile_transformer(transformer: MARForImageGeneration | ARForImageGeneration, **kwargs: Any) -> bool:
     """Compile each block of the backbone and the denoising step of the head, for any number of tokens.
 
-    Of a causal backbone's blocks only the MLPs: with its cache each block would be compiled on its own. The number of tokens changes from step to step, so it is left open in what is compiled; torch compiles again only
-    where it is 1, or where it equals the batch by chance. Equal blocks share what is compiled.
+    Of a causal backbone's blocks only the MLPs: with its cache each block would be compiled on its own. The number of
+    tokens changes from step to step, so it is left open in what is compiled; torch compiles again only where it is 1,
+    or where it equals the batch by chance. Equal blocks share what is compiled.
 
     Args:
         transformer ([`MARForImageGeneration`] or [`ARForImageGeneration`]): changed in place.
