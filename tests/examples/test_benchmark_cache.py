@@ -3,7 +3,6 @@
 
 import importlib.util
 import json
-import sys
 
 import pytest
 
@@ -15,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 def test_it_measures_every_position_and_keeps_a_record(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("benchmark_cache", ROOT / "benchmarks" / "benchmark_cache.py")
+    spec = importlib.util.spec_from_file_location("benchmark_cache", ROOT / "benchmarks" / "cache.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     words = ["--layers", "1", "--positions", "0", "9", "--repeats", "1", "--output", str(tmp_path / "r.jsonl")]
@@ -26,4 +25,3 @@ def test_it_measures_every_position_and_keeps_a_record(tmp_path, monkeypatch, ca
     assert all(row[kind] > 0 for row in rows for kind in ("dynamic", "static", "none"))
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == "| 9 | {dynamic:.1f} | {static:.1f} | {none:.1f} |".format(**rows[1])
-    sys.modules.pop("benchmark_generation", None)

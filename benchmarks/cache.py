@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure how long a causal model takes for one more token, with its cache and without.
 
-python benchmarks/benchmark_cache.py                          # AR-B, 256 tokens, both branches of guidance
-python benchmarks/benchmark_cache.py --model large --device cuda --dtype bfloat16 --output results.jsonl
+python benchmarks/cache.py                          # AR-B, 256 tokens, both branches of guidance
+python benchmarks/cache.py --model large --device cuda --dtype bfloat16 --output results.jsonl
 """
 
 import argparse
-import platform
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -15,10 +13,9 @@ from typing import Any
 
 import torch
 import transformers
-from benchmark_generation import DTYPES, append_record, machine
+from measuring import DTYPES, append_record, hardware, machine, now, versions
 from transformers import Cache
 
-import mar_hf
 from mar_hf import ARConfig, ARForImageGeneration
 
 
@@ -59,13 +56,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     orders = model.draw_orders(args.batch_size, generator).to(device)
 
     def milliseconds(done: int, cache: Cache | None) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
+        start = now(device)
         model.predict(tokens, orders, [1] * (done + 1), None, cache)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return 1000 * (time.perf_counter() - start)
+        return 1000 * (now(device) - start)
 
     rows = []
     for done in args.positions:
@@ -90,19 +83,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "repeats": args.repeats,
         "milliseconds": rows,
         "machine": machine(args.device),
-        "versions": {
-            "python": platform.python_version(),
-            **{library.__name__: library.__version__ for library in (torch, transformers, mar_hf)},
-        },
+        "versions": versions(transformers),
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """The result for the eye: a Markdown table under one line of settings."""
-    hardware = result["machine"].get("gpu") or f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
     row = "| {position} | {dynamic:.1f} | {static:.1f} | {none:.1f} |"
     lines = [
-        f"AR {result['model']}, {result['layers']} layers, {result['batch_size']} rows, {result['dtype']}, {hardware}",
+        f"AR {result['model']}, {result['layers']} layers, {result['batch_size']} rows, {result['dtype']}, "
+        + hardware(result["machine"]),
         f"milliseconds for the next token, median of {result['repeats']}",
         "",
         "| tokens before it | dynamic cache | static cache | no cache |",

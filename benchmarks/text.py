@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure what texts add to the time of a picture: the same model with texts and without, in turns.
 
-python benchmarks/benchmark_text.py                                  # MAR-B, a text encoder of T5-large's shape
-python benchmarks/benchmark_text.py --model large --device cuda --dtype bfloat16 --output results.jsonl
+python benchmarks/text.py                                  # MAR-B, a text encoder of T5-large's shape
+python benchmarks/text.py --model large --device cuda --dtype bfloat16 --output results.jsonl
 """
 
 import argparse
-import logging
-import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,10 +15,19 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from benchmark_generation import DTYPES, Stopwatch, append_record, machine, random_pipeline
+from measuring import (
+    DTYPES,
+    Stopwatch,
+    append_record,
+    hardware,
+    machine,
+    now,
+    quiet,
+    random_pipeline,
+    versions,
+)
 from transformers import T5Config, T5EncoderModel
 
-import mar_hf
 from mar_hf import MARConfig, MARPipeline
 
 
@@ -62,7 +69,7 @@ def time_call(pipe: MARPipeline, encoder: T5EncoderModel | None, args: argparse.
         "output_type": "latent",
     }
     with ExitStack() as stack:
-        start = watch.now()
+        start = now(args.device)
         if encoder is None:
             call["class_labels"] = [0] * args.batch_size
         else:
@@ -71,7 +78,7 @@ def time_call(pipe: MARPipeline, encoder: T5EncoderModel | None, args: argparse.
             ids = torch.arange(args.text_tokens, device=args.device).expand(args.batch_size, -1)
             call["prompt_embeds"] = encoder(input_ids=ids).last_hidden_state
         pipe(**call)
-        total = watch.now() - start
+        total = now(args.device) - start
     return {**watch.seconds, "total": total}
 
 
@@ -112,23 +119,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "cross-attention": medians["with"] - medians["without"] - sum(once.values()),
         "calls": {name: [one["total"] for one in kind] for name, kind in times.items()},
         "machine": machine(args.device),
-        "versions": {
-            "python": platform.python_version(),
-            **{library.__name__: library.__version__ for library in (torch, diffusers, transformers, mar_hf)},
-        },
+        "versions": versions(diffusers, transformers),
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """The result for the eye: a Markdown table under one line of settings."""
-    hardware = result["machine"].get("gpu") or f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
     seconds = result["seconds"]
     rows = {**seconds, "cross-attention (what is left of the difference)": result["cross-attention"]}
     return "\n".join(
         [
             f"MAR {result['model']}, batch {result['batch_size']}, {result['num_inference_steps']} x "
             f"{result['num_diffusion_steps']} steps, {result['dtype']}, texts of {result['text_tokens']} tokens of T5 "
-            f"{result['text_encoder']}, {hardware}, median of {result['repeats']}",
+            f"{result['text_encoder']}, {hardware(result['machine'])}, median of {result['repeats']}",
             "",
             "| part | seconds a call | of a call with texts |",
             "|---|---|---|",
@@ -140,9 +143,8 @@ def table(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, append the record."""
     args = build_parser().parse_args(argv)
-    # Random weights make the sampler run away, and the pipeline warn.
-    logging.getLogger("mar_hf").setLevel(logging.ERROR)
-    result = run(args)
+    with quiet():
+        result = run(args)
     print(table(result))
     append_record(args.output, result)
 

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `generation.py` measured, for the eye: tables and a plot."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from measuring import PARTS, hardware
+from plain_reference import TOLERANCE
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for the eye: a Markdown table between lines that say what it is."""
+    sides, batch_size = result["sides"], result["batch_size"]
+    lines = [
+        f"{result['scenario']}: {result['model']}, batch {batch_size}, {hardware(result['machine'])}, "
+        f"load {result['machine'].get('load')}",
+        *(f"{name}: {_describe(side)}" for name, side in sides.items()),
+        _mode(result),
+        "",
+        "| seconds per picture | "
+        + " | ".join(sides)
+        + (" | ratio" if len(sides) > 1 else "")
+        + " | "
+        # Operations, and the rate at which they were done over that of a matrix product.
+        + " | ".join(f"{name} TFLOP | {name} of matmul" for name in sides)
+        + " |",
+        "|---" * (3 * len(sides) + len(sides)) + "|",
+    ]
+    for part in (*PARTS, "total"):
+        seconds = {name: side["seconds_per_image"][part] for name, side in sides.items()}
+        cells = [f"{value:.3f}" for value in seconds.values()]
+        if len(sides) > 1:
+            cells.append(f"{seconds['plain'] / seconds['ours']:.2f}" if seconds["ours"] > 0 else "")
+        for name, side in sides.items():
+            counted = side["operations_per_image"]
+            done = sum(counted.values()) if part == "total" else counted[part]
+            share = done / seconds[name] / result["matmul"][side["dtype"]] if seconds[name] > 0 else 0.0
+            cells += [f"{done / 1e12:.3f}", f"{share:.0%}"] if done else ["", ""]
+        lines.append(f"| {part} | " + " | ".join(cells) + " |")
+    rates = (f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in result["matmul"].items())
+    lines += ["", f"matmul of {result['matmul_size']}: " + ", ".join(rates)]
+    for name, side in sides.items():
+        calls, memory = side["seconds_per_call"], side["memory_mb"]
+        held = "" if memory is None else f"; memory above what was held before {memory:,.0f} MB"
+        lines.append(f"{name}: {len(calls)} calls of {min(calls):.3f} to {max(calls):.3f} s{held}")
+    lines.append(f"most memory of the whole process: {result['peak_memory_mb']:,.0f} MB")
+    if result["difference"] is not None:
+        lines.append(_difference(result["difference"]))
+    if "ratio" in result:
+        ratios = result["ratios"]
+        lines.append(
+            f"{result['part']}: plain / ours, median of {len(ratios)} pairs of {min(ratios):.2f} to {max(ratios):.2f}"
+        )
+    return "\n".join(lines)
+
+
+def _describe(side: dict[str, Any]) -> str:
+    settings = side["settings"]
+    return (
+        f"{settings['num_inference_steps']} x {settings['num_diffusion_steps']} steps "
+        f"({settings['head_step_schedule']}), guidance {settings['guidance_scale']}, {side['scheduler']}, "
+        f"{side['dtype']}"
+    )
+
+
+def _mode(result: dict[str, Any]) -> str:
+    if result["whole_calls"]:
+        kind = "one call more" if result["parts_apart"] else "the median one"
+        return f"{result['repeats']} whole calls of each, in turns; parts of {kind}"
+    return (
+        f"estimated: {result['sampled_steps']} autoregressive steps are measured, the others interpolated "
+        f"(--sampled-steps 0 for whole calls); {result['repeats']} repeats, in turns"
+    )
+
+
+def _difference(difference: dict[str, Any]) -> str:
+    if "ours" not in difference:
+        return "outputs differ: ours has other settings"
+    text = f"largest difference over largest magnitude: {difference['ours']:.1e}"
+    if "plain" in difference:
+        return f"{text} from the plain reference in float32; that of its own half precision: {difference['plain']:.1e}"
+    return text + (f", equal (at most {TOLERANCE:.0e})" if difference["equal"] else ", in another precision")
+
+
+def summary(results: Sequence[dict[str, Any]]) -> str:
+    """One row a scenario."""
+    sides = list(results[0]["sides"])
+    lines = ["| scenario | " + " | ".join(f"{name} s per picture" for name in sides) + " | ratio |"]
+    lines.append("|---" * (len(sides) + 2) + "|")
+    for result in results:
+        cells = [f"{side['seconds_per_image']['total']:.3f}" for side in result["sides"].values()]
+        ratio = f"{result['ratio']:.2f}" if "ratio" in result else ""
+        lines.append(f"| {result['scenario']} | " + " | ".join([*cells, ratio]) + " |")
+    return "\n".join(lines)
+
+
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars of seconds per picture, one a scenario and side, made of the parts.
+
+    Args:
+        results (`Sequence[dict[str, Any]]`): what `run` returned.
+        path (`Path`): a picture's name.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    bars = [(f"{result['scenario']}\n{name}", side) for result in results for name, side in result["sides"].items()]
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.5 * len(bars)), layout="constrained")
+    left = [0.0] * len(bars)
+    for part in PARTS:
+        widths = [side["seconds_per_image"][part] for _, side in bars]
+        axes.barh(range(len(bars)), widths, left=left, label=part)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.set_yticks(range(len(bars)), [label for label, _ in bars])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds per picture")
+    figure.legend(loc="outside upper center", ncols=len(PARTS))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
