@@ -208,7 +208,7 @@ def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
             axis.plot(scales, [result[kind][name] for result in report["results"]], style, label=f"{kind} prompts")
         axis.axhline(report["limit"][name], color="grey", linestyle="-.", label="limit of the tokenizer")
         axis.axhline(report["chance"][name], color="grey", linestyle=":", label="chance")
-        axis.set(title=name, xlabel="guidance scale", ylim=(0, 1))
+        axis.set(title=name, xlabel="guidance scale", ylim=(0, 1.03))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of nearest neighbours")
     axes[0].legend(fontsize=8)

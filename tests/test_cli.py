@@ -151,11 +151,23 @@ def test_the_grid_is_what_comes_by_default(model, tmp_path, monkeypatch, capsys)
 
 def test_a_grid_of_small_pictures_is_enlarged():
     images = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
-    grid = draw_grid(images, ["a", "a name too long to be written in full before its row of pictures"])
+    grid = draw_grid(images, ["a", "a name too long for one line before its row of pictures " * 3])
     assert grid.height == 2 * (CELL + 4) + 4
     assert grid.getpixel((grid.width - 10, 10)) == (255, 0, 0)
     assert grid.getpixel((grid.width - 10, grid.height - 10)) == (0, 0, 255)
     assert grid.width < 400
+
+
+def test_names_are_written_in_full_on_three_lines():
+    def ink(*names):
+        labels = draw_grid([Image.new("RGB", (96, 96), "white")] * len(names), names)
+        return (np.asarray(labels.convert("L"))[: CELL + 4] < 128).any(1).sum()
+
+    one = ink("woman cook")
+    two = ink("woman cook: medium-dark skin tone")
+    three = ink("woman cook: medium-dark skin tone, at the door of a kitchen")
+    assert 0 < one < two < three < CELL
+    assert ink("woman cook " * 20) < CELL, "the rest is left out"
 
 
 def test_info_of_a_pipeline(named, capsys):

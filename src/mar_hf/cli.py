@@ -261,7 +261,7 @@ def draw_grid(images: Sequence[Image.Image], names: Sequence[str]) -> Image.Imag
 
     Args:
         images (`Sequence[PIL.Image.Image]`): all of one size, row after row, as many for every name.
-        names (`Sequence[str]`): one for each row.
+        names (`Sequence[str]`): one for each row, on at most three lines.
 
     Returns:
         `PIL.Image.Image`: RGB. Small pictures are enlarged by a whole factor, without smoothing.
@@ -270,14 +270,14 @@ def draw_grid(images: Sequence[Image.Image], names: Sequence[str]) -> Image.Imag
     factor = max(1, -(-CELL // images[0].width))
     width, height = images[0].width * factor, images[0].height * factor
     font = ImageFont.load_default(size=16)
-    texts = [textwrap.shorten(name, 28, placeholder="...") for name in names]
-    left = max(round(font.getlength(text)) for text in texts) + 4 * gap
+    texts = [textwrap.fill(name, 28, max_lines=3, placeholder="...") for name in names]
+    left = max(round(font.getlength(line)) for text in texts for line in text.split("\n")) + 4 * gap
     size = (left + columns * (width + gap), len(names) * (height + gap) + gap)
     grid = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(grid)
     for row, text in enumerate(texts):
         top = gap + row * (height + gap)
-        draw.text((left - 2 * gap, top + height // 2), text, fill="black", font=font, anchor="rm")
+        draw.text((left - 2 * gap, top + height // 2), text, fill="black", font=font, anchor="rm", align="right")
         for column, image in enumerate(images[row * columns : (row + 1) * columns]):
             enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
             grid.paste(enlarged, (left + column * (width + gap), top))
