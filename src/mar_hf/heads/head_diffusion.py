@@ -19,8 +19,9 @@ from .head_base import TokenHead, check_sampling_inputs, masked_rows
 
 
 TIMESTEP_CHANNELS = 256
-# Bytes that `sample` computes ahead: many steps at once make large matrix products of small ones.
-MODULATION_BYTES = 2**26
+# Bytes that `sample` computes ahead: many steps at once make large matrix products of small ones, as long as what they
+# give stays in the cache of a CPU.
+MODULATION_BYTES = 2**24
 
 
 class DiffusionHeadBlock(nn.Module):
@@ -76,8 +77,8 @@ class DiffusionHeadBlock(nn.Module):
         Returns:
             `torch.Tensor` of the same shape.
         """
-        update = self.linear_1(self.norm(hidden_states) * scale + shift)
-        return hidden_states + gate * self.linear_2(nn.functional.silu(update))
+        update = self.linear_1(torch.addcmul(shift, self.norm(hidden_states), scale))
+        return torch.addcmul(hidden_states, gate, self.linear_2(nn.functional.silu(update)))
 
 
 class DiffusionHead(TokenHead):
@@ -376,4 +377,4 @@ class DiffusionHead(TokenHead):
         hidden_states = self.token_proj(noisy_tokens.to(self.token_proj.weight.dtype))
         for index, block in enumerate(self.blocks):
             hidden_states = block.update(hidden_states, *parts[3 * index : 3 * index + 3])
-        return self.out_proj(self.out_norm(hidden_states) * scale + shift)
+        return self.out_proj(torch.addcmul(shift, self.out_norm(hidden_states), scale))
