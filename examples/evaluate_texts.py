@@ -6,10 +6,10 @@
 
 For every row of `test/metadata.jsonl` with a `role`, `gender` and `tone` (`prepare_emoji.py --captions --hold-out`),
 pictures are generated from its first caption. The nearest real picture among all genders and tones of the role, by
-squared distance of pixels, should be the one held out. Reported for each guidance scale, beside chance, beside
-shuffled prompts (pictures of other rows' captions, judged as if they were for this one) and beside the limit that the
-image tokenizer sets: the real pictures, encoded and decoded. `--split train` does the same with combinations that the
-model saw.
+squared distance of pixels, should be the one held out; `among_all_roles` says how often it is the nearest of all
+roles' pictures. Reported for each guidance scale, beside chance, beside shuffled prompts (pictures of other rows'
+captions, judged as if they were for this one) and beside the limit that the image tokenizer sets: the real pictures,
+encoded and decoded. `--split train` does the same with combinations that the model saw.
 """
 
 import json
@@ -250,14 +250,14 @@ def main(args: Arguments) -> None:
         text_encoder, tokenizer = load_text_encoder(args.pretrained_text_encoder)
         pipe.register_modules(text_encoder=text_encoder.to(pipe.device), tokenizer=tokenizer)
     size = pipe.transformer.config.grid_height * pipe.vae.stride
-    roles = {row["role"] for row in wanted}
     by_role = defaultdict(list)
     for row in [*splits["test"], *splits["train"]]:
-        if row["role"] in roles:
-            by_role[row["role"]].append(row)
+        by_role[row["role"]].append(row)
     candidates = {
         role: (rows, read_pixels([Image.open(row["path"]) for row in rows], size)) for role, rows in by_role.items()
     }
+    everyone = [row for rows, _ in candidates.values() for row in rows]
+    anyone = dict.fromkeys(by_role, (everyone, torch.cat([places for _, places in candidates.values()])))
     prompts = [row["text"][0] for row in wanted]
     repeated = [row for row in wanted for _ in range(args.num_images_per_prompt)]
     # Each picture is judged by the row half the list further on: by another one, and none twice.
@@ -276,6 +276,8 @@ def main(args: Arguments) -> None:
             found = nearest(points, repeated, candidates)
             result = {"guidance_scale": scale, "right": shares(found, repeated)}
             result["shuffled"] = shares(nearest(points, others, candidates), others)
+            exact = [a is b for a, b in zip(nearest(points, repeated, anyone), repeated, strict=True)]
+            result["right"]["among_all_roles"] = sum(exact) / len(exact)
             result["confusion"] = {name: confusion(found, repeated, name) for name in ATTRIBUTES}
             results.append(result)
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}

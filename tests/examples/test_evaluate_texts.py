@@ -99,6 +99,7 @@ def test_a_whole_run(people, tmp_path):
     assert [result["guidance_scale"] for result in report["results"]] == [1.0, 2.0]
     for result in report["results"]:
         assert sum(count for row in result["confusion"]["tone"].values() for count in row.values()) == 6
+        assert result["right"]["among_all_roles"] <= result["right"]["both"]
         assert all(0 <= value <= 1 for kind in ("right", "shuffled") for value in result[kind].values())
     for name in ("guidance.png", "samples.png"):
         assert np.asarray(Image.open(out / name)).size > 0
