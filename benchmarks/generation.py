@@ -46,6 +46,10 @@ from mar_hf.generation import GUIDANCE_SCHEDULES, HEAD_STEP_SCHEDULES, TOKEN_SCH
 
 # Autoregressive steps whose operations are counted where whole calls are timed.
 COUNTED_STEPS = 5
+# Settings with which the costs of a step depend on the steps before it, unless they have these values.
+STEP_BY_STEP = {"guidance_interval": (0.0, 1.0), "guidance_refresh": 1}
+# Settings that the plain reference does not have, likewise.
+OURS_ONLY = {**STEP_BY_STEP, "context_noise": 0.0, "head_kwargs": None}
 SETTINGS = ("num_inference_steps", "num_diffusion_steps", "guidance_scale")
 
 
@@ -136,10 +140,18 @@ class Side:
         )
 
     def make_plan(self, count: int | None) -> Plan:
-        """The generation of the settings, or so many of its autoregressive steps."""
+        """The generation of the settings, or so many of its autoregressive steps where each is as dear by itself."""
+        if self.changed(STEP_BY_STEP):
+            count = None
         steps, head_steps = self.settings["num_inference_steps"], self.settings["num_diffusion_steps"]
         tokens = TOKEN_SCHEDULES[self.settings["token_schedule"]](self.pipe.transformer.config.num_tokens, steps)
         return make_plan(tokens, HEAD_STEP_SCHEDULES[self.settings["head_step_schedule"]](head_steps, steps), count)
+
+    def changed(self, usual: dict[str, Any]) -> list[str]:
+        """Names of the settings that do not have their usual values. Lists are what JSON makes of tuples."""
+        found = {name: self.settings[name] for name in usual}
+        found = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+        return [name for name, value in found.items() if value != usual[name]]
 
     def labels(self) -> list[int] | None:
         """A class for each picture; None where the model knows none."""
@@ -183,6 +195,8 @@ class PlainSide(Side):
     def __init__(self, pipe: MARPipeline, scenario: dict[str, Any], settings: dict[str, Any]):
         plain_reference.check(pipe)
         super().__init__(pipe, scenario, settings)
+        for name in self.changed(OURS_ONLY):
+            raise ValueError(f"The plain reference knows no `{name}`, got {self.settings[name]!r}; see `--ours`.")
         self.autocast = None if scenario["autocast"] is None else DTYPES[scenario["autocast"]]
         self.dtype = self.autocast or torch.float32
         order, head_steps = self.settings["generation_order"], self.settings["num_diffusion_steps"]
@@ -314,7 +328,7 @@ def time_in_turns(
         `dict[str, list[dict[str, Any]]]`: of each call: seconds in `total` and of each part, and `memory` in MB. With
         `parts_apart` only the first call of a side has parts.
     """
-    apart = scenario["parts_apart"] and scenario["sampled_steps"] is None
+    apart = scenario["parts_apart"] and all(side.plan.is_whole for side in sides.values())
     if scenario["compile"] is not None or torch.device(scenario["device"]).type == "cuda":
         for side in sides.values():
             side.generate(side.plan, None)
@@ -332,7 +346,8 @@ def time_parts(side: Side) -> dict[str, Any]:
     with Memory(side.device) as memory, Recorder(side.device) as recorder:
         side.generate(side.plan, recorder)
     seconds = {part: taken for part, (taken, _) in integrate(side.plan, recorder).items()}
-    return {**seconds, "total": sum(seconds.values()), "memory": memory.megabytes}
+    total = sum(seconds.values())
+    return {**seconds, "tokens": total - seconds["vae"], "total": total, "memory": memory.megabytes}
 
 
 def time_whole(side: Side) -> dict[str, Any]:
@@ -378,12 +393,13 @@ def run(name: str, scenario: dict[str, Any], reference: bool = True, matmul_size
             "scheduler": type(side.pipe.scheduler).__name__,
             "dtype": str(side.dtype).removeprefix("torch."),
             "seconds_per_image": {
-                **{key: parts[key] / batch_size for key in PARTS},
+                **{key: parts[key] / batch_size for key in (*PARTS, "tokens")},
                 "total": typical["total"] / batch_size,
             },
             "seconds_per_call": [call["total"] for call in calls[side_name]],
             "operations_per_image": {key: value / batch_size for key, value in operations[side_name].items()},
             "memory_mb": None if None in memory else median(memory),
+            "whole_calls": side.plan.is_whole,
         }
     ours = sides["ours"]
     pipe, config = ours.pipe, ours.pipe.transformer.config
@@ -395,7 +411,6 @@ def run(name: str, scenario: dict[str, Any], reference: bool = True, matmul_size
         "parameters": {key: sum(p.numel() for p in value.parameters()) for key, value in modules.items()},
         "image_size": [config.grid_height * stride, config.grid_width * stride],
         "num_tokens": config.num_tokens,
-        "whole_calls": ours.plan.is_whole,
         "sides": measured,
         "difference": difference,
         "matmul": {dtype: median(values) for dtype, values in rates.items()},

@@ -9,6 +9,10 @@ from measuring import PARTS, hardware
 from plain_reference import TOLERANCE
 
 
+# Rows that are sums of parts.
+WHOLES = {"tokens": [part for part in PARTS if part != "vae"], "total": PARTS}
+
+
 def table(result: dict[str, Any]) -> str:
     """The result for the eye: a Markdown table between lines that say what it is."""
     sides, batch_size = result["sides"], result["batch_size"]
@@ -27,14 +31,14 @@ def table(result: dict[str, Any]) -> str:
         + " |",
         "|---" * (3 * len(sides) + len(sides)) + "|",
     ]
-    for part in (*PARTS, "total"):
+    for part in (*PARTS, "tokens", "total"):
         seconds = {name: side["seconds_per_image"][part] for name, side in sides.items()}
         cells = [f"{value:.3f}" for value in seconds.values()]
         if len(sides) > 1:
             cells.append(f"{seconds['plain'] / seconds['ours']:.2f}" if seconds["ours"] > 0 else "")
         for name, side in sides.items():
             counted = side["operations_per_image"]
-            done = sum(counted.values()) if part == "total" else counted[part]
+            done = sum(counted[one] for one in WHOLES.get(part, [part]))
             share = done / seconds[name] / result["matmul"][side["dtype"]] if seconds[name] > 0 else 0.0
             cells += [f"{done / 1e12:.3f}", f"{share:.0%}"] if done else ["", ""]
         lines.append(f"| {part} | " + " | ".join(cells) + " |")
@@ -42,8 +46,9 @@ def table(result: dict[str, Any]) -> str:
     lines += ["", f"matmul of {result['matmul_size']}: " + ", ".join(rates)]
     for name, side in sides.items():
         calls, memory = side["seconds_per_call"], side["memory_mb"]
+        kind = "calls" if side["whole_calls"] else "estimates"
         held = "" if memory is None else f"; memory above what was held before {memory:,.0f} MB"
-        lines.append(f"{name}: {len(calls)} calls of {min(calls):.3f} to {max(calls):.3f} s{held}")
+        lines.append(f"{name}: {len(calls)} {kind} of {min(calls):.3f} to {max(calls):.3f} s{held}")
     lines.append(f"most memory of the whole process: {result['peak_memory_mb']:,.0f} MB")
     if result["difference"] is not None:
         lines.append(_difference(result["difference"]))
@@ -65,13 +70,13 @@ def _describe(side: dict[str, Any]) -> str:
 
 
 def _mode(result: dict[str, Any]) -> str:
-    if result["whole_calls"]:
-        kind = "one call more" if result["parts_apart"] else "the median one"
-        return f"{result['repeats']} whole calls of each, in turns; parts of {kind}"
-    return (
-        f"estimated: {result['sampled_steps']} autoregressive steps are measured, the others interpolated "
-        f"(--sampled-steps 0 for whole calls); {result['repeats']} repeats, in turns"
-    )
+    turns = f"{result['repeats']} of each, in turns"
+    if estimated := [name for name, side in result["sides"].items() if not side["whole_calls"]]:
+        return (
+            f"{' and '.join(estimated)} estimated from {result['sampled_steps']} autoregressive steps, the others "
+            f"interpolated (--sampled-steps 0: whole calls); {turns}"
+        )
+    return f"whole calls, {turns}; parts of {'one call more' if result['parts_apart'] else 'the median one'}"
 
 
 def _difference(difference: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@
 | `ours` | arguments of the pipeline's call, for ours only: what gives other pictures sooner |
 | `scheduler` | `class` of ours only, from mar_hf or diffusers, and its settings; None: the model's own |
 | `compile` | arguments of our pipeline's `compile`; None: it is not compiled |
-| `part` | the part that `ratio` compares: `total`, or one of `PARTS` |
+| `part` | the part that `ratio` compares: `total`, `tokens` (all but the autoencoder), or one of `PARTS` |
 | `sampled_steps` | autoregressive steps that are measured; the others are interpolated; None: whole calls |
 | `repeats` | pairs of calls |
 | `parts_apart` | whole calls are timed without a look inside, which would wait for a GPU; parts are of one call more |

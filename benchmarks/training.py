@@ -380,7 +380,7 @@ def table(result: dict[str, Any]) -> str:
         low, middle, high = (1000 * value for value in quantiles(values, n=4, method="inclusive"))
         cells = [f"{middle:.2f}", f"{low:.2f} to {high:.2f}"]
         for found, form in (
-            (result["pictures_per_second"].get(kind), ",.1f"),
+            (result["pictures_per_second"].get(kind), ",.3g"),
             (result.get("operations", {}).get(kind, 0) / 1e12, ".2f"),
             (result.get("peak_memory_mb", {}).get(kind), ",.0f"),
         ):

@@ -48,20 +48,21 @@ def measure(folder, tmp_path, capsys):
 
 def test_whole_calls_are_measured_by_part(measure):
     [record], printed = measure("--batch-size", "2", "--repeats", "3")
-    assert record["whole_calls"] and record["image_size"] == [8, 8] and record["num_tokens"] == 16
+    assert record["image_size"] == [8, 8] and record["num_tokens"] == 16
     assert record["difference"]["equal"] and record["difference"]["ours"] < 1e-4
     assert len(record["ratios"]) == 3 and record["ratio"] == median(record["ratios"])
     for name, side in record["sides"].items():
         seconds, calls = side["seconds_per_image"], side["seconds_per_call"]
-        total = seconds.pop("total")
+        total, tokens = seconds.pop("total"), seconds.pop("tokens")
         assert all(seconds[part] > 0 for part in PARTS) and math.isclose(sum(seconds.values()), total)
+        assert side["whole_calls"] and math.isclose(tokens + seconds["vae"], total)
         assert len(calls) == 3 and math.isclose(sorted(calls)[1] / 2, total)
         operations = side["operations_per_image"]
         assert operations.pop("other") == 0 and min(operations.values()) > 0
         assert sum(line.startswith(f"{name}: 3 calls of ") for line in printed) == 1
     plain, ours = (record["sides"][name]["operations_per_image"] for name in ("plain", "ours"))
     assert plain["encoder"] == ours["encoder"] and plain["vae"] == ours["vae"] and plain["head"] > ours["head"]
-    for part in (*PARTS, "total"):
+    for part in (*PARTS, "tokens", "total"):
         assert sum(line.startswith(f"| {part} | ") for line in printed) == 1
     assert printed[-1] == f"ratio {record['ratio']:.2f}"
     assert record["versions"]["torch"] == torch.__version__ and record["machine"]["cores"] > 0
@@ -71,8 +72,8 @@ def test_whole_calls_are_measured_by_part(measure):
 def test_the_base_model_is_estimated_from_some_steps(measure, tmp_path):
     words = ["--preset", "mar-b-cpu", "--repeats", "2", "--plot", str(tmp_path / "plots" / "bars.png")]
     [record], printed = measure(*words)
-    assert record["sampled_steps"] == 5 and not record["whole_calls"]
-    assert any(line.startswith("estimated: 5 autoregressive steps") for line in printed)
+    assert record["sampled_steps"] == 5 and not any(side["whole_calls"] for side in record["sides"].values())
+    assert any(line.startswith("plain and ours estimated from 5 autoregressive steps") for line in printed)
     assert record["difference"]["equal"] and record["difference"]["ours"] < 1e-4
     for side in record["sides"].values():
         assert all(side["seconds_per_image"][part] > 0 for part in (*PARTS, "total"))
@@ -99,6 +100,32 @@ def test_ours_can_have_other_settings_from_the_command_line(measure):
     assert steps == {"plain": 12, "ours": 3} and record["difference"] == {"equal": False}
 
 
+def test_what_depends_on_all_steps_is_measured_whole(measure):
+    words = ["--sampled-steps", "2", "--repeats", "1", "--ours", '{"guidance_refresh": 4}']
+    [record], printed = measure(*words)
+    assert {name: side["whole_calls"] for name, side in record["sides"].items()} == {"plain": False, "ours": True}
+    assert (
+        record["sides"]["ours"]["operations_per_image"]["encoder"]
+        < (record["sides"]["plain"]["operations_per_image"]["encoder"])
+    )
+    assert any(line.startswith("plain estimated from 2 autoregressive steps") for line in printed)
+
+
+def test_what_the_reference_does_not_know_is_refused(folder):
+    scenario = {**scenarios.DEFAULTS, "model": str(folder), "settings": {"guidance_interval": [0, 1]}}
+    generation.build_sides(scenario, reference=True)
+    scenario["settings"] = {"context_noise": 0.5}
+    with pytest.raises(ValueError, match="knows no `context_noise`, got 0.5"):
+        generation.build_sides(scenario, reference=True)
+
+
+def test_our_pipeline_can_be_compiled(measure):
+    words = ["--sampled-steps", "2", "--repeats", "1", "--compile", '{"backend": "eager"}']
+    [record], printed = measure(*words)
+    assert record["compile"] == {"backend": "eager"} and record["difference"]["ours"] < 1e-4
+    assert printed[-1].startswith("ratio ")
+
+
 def test_half_precision_has_its_distance_from_float32(measure):
     [record], printed = measure("--preset", "mar-b-cpu-bf16", "--repeats", "1", "--sampled-steps", "2")
     assert not record["difference"]["equal"] and 1e-4 < record["difference"]["ours"] < 10
@@ -112,7 +139,7 @@ def test_the_table_of_a_gpu_is_one_command(measure):
         # Both precisions are compared with float32; whole calls are timed, and the parts of others.
         assert record["difference"].keys() == {"equal", "ours", "plain"} and not record["difference"]["equal"]
         assert {side["dtype"] for side in record["sides"].values()} == {"bfloat16"} == set(record["matmul"])
-        assert record["whole_calls"] and len(record["ratios"]) == 2
+        assert all(side["whole_calls"] for side in record["sides"].values()) and len(record["ratios"]) == 2
         assert all(side["seconds_per_image"]["head"] > 0 for side in record["sides"].values())
         assert sum(line.startswith(f"| {record['scenario']} | ") for line in printed) == 1
     assert printed[-1] == f"ratio {min(record['ratio'] for record in records):.2f}"
@@ -153,7 +180,7 @@ def test_scenarios_say_what_can_be_measured(name):
         config, full = (MARConfig.preset(scenario["model"], **one) for one in (scenario["model_settings"], {}))
         assert (config.hidden_size, config.head_config) == (full.hidden_size, full.head_config)
     assert {*scenario["settings"], *scenario["ours"]} <= set(inspect.signature(MARPipeline.__call__).parameters)
-    assert scenario["part"] in (*PARTS, "total") and scenario["repeats"] >= 1
+    assert scenario["part"] in (*PARTS, "tokens", "total") and scenario["repeats"] >= 1
     assert all(key in scenarios.__doc__ for key in scenario)
 
 
