@@ -66,6 +66,7 @@ class Arguments:
     dtype: str = field(default="float32", metadata={"help": "of the weights", "choices": list(DTYPES)})
     features: str = field(default="lite0", metadata={"help": "of pictures", "choices": list(evaluate.FEATURES)})
     weights: str | None = field(default=None, metadata={"help": "file of the weights for the features 'inception'"})
+    classifier: bool = field(default=False, metadata={"help": "also train an SVM on the real pixels and ask it"})
 
 
 def read_table(path: str, pipeline: MARPipeline) -> dict[str, dict[str, Any]]:
@@ -204,7 +205,9 @@ def draw_table(report: dict[str, Any]) -> str:
         `str`: a Markdown table; the cost is the distance beyond the defaults', in deviations between their rounds.
     """
     points = report["points"]
-    others = [metric for metric in points[0]["metrics"] if metric.startswith(("kid", "precision", "recall"))]
+    others = [
+        metric for metric in points[0]["metrics"] if metric.startswith(("kid", "precision", "recall", "classifier"))
+    ]
     head = [
         "setting",
         "seconds",
@@ -301,7 +304,7 @@ def main(args: Arguments) -> None:
     config, classes = pipeline.transformer.config, class_folders(pipeline)
     size = min(config.grid_height, config.grid_width) * pipeline.vae.stride
     wanted = {"reference": args.reference, "output_dir": args.output_dir, "batch_size": args.batch_size}
-    wanted |= {"features": args.features, "weights": args.weights}
+    wanted |= {name: getattr(args, name) for name in ("features", "weights", "classifier")}
     judge = evaluate.Judge(evaluate.Arguments(**wanted), size, list(classes.values()), device)
     jobs = [(label, number) for label in classes for number in range(args.num_images_per_class)]
     if len(jobs) < 4:
@@ -326,7 +329,11 @@ def main(args: Arguments) -> None:
             if not warm:
                 warm = bool(len(make_pictures(pipeline, {}, jobs[: args.batch_size], args.seed)))
             pictures, seconds, alone = measure(*variants[name], jobs, args.batch_size, args.seed + number)
-            metrics = judge.compare(judge.features, judge.statistics, judge.features_of(pictures))
+            features = judge.features_of(pictures)
+            metrics = judge.compare(judge.features, judge.statistics, features)
+            if args.classifier:
+                labels = [classes[label] for label, _ in jobs]
+                metrics["classifier_accuracy"] = judge.classifier.accuracy(features["pixels"], labels)
             rounds.append(key | {"seconds": seconds, "seconds_alone": alone, "metrics": metrics})
             write_whole(file, json.dumps(rounds, indent=1).encode())
             first, value = next(iter(metrics.items()))

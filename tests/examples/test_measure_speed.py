@@ -63,7 +63,7 @@ def read(folder, name="speed.json"):
 
 
 def test_every_setting_is_measured_in_every_round(real, model, tmp_path, capsys):
-    measure_speed.main(arguments(real, model, tmp_path, seed=5))
+    measure_speed.main(arguments(real, model, tmp_path, seed=5, classifier=True))
     rounds, report = read(tmp_path, "rounds.json"), read(tmp_path)
     # The second round begins with another setting.
     expected = ["defaults", "steps 1", "DDIM 2", "steps 1", "DDIM 2", "defaults"]
@@ -74,6 +74,7 @@ def test_every_setting_is_measured_in_every_round(real, model, tmp_path, capsys)
     assert [point["name"] for point in points] == list(SETTINGS)
     assert (points[0]["scheduler"], points[0]["arguments"], points[0]["speed_up"]) == (None, {}, 1.0)
     assert points[2]["scheduler"] == "DDIMScheduler"
+    assert all(0 <= point["metrics"]["classifier_accuracy"] <= 1 for point in points)
     assert points[2]["arguments"] == {"num_diffusion_steps": 2, "guidance_interval": [0.5, 1.0]}
     found = [result["metrics"]["fd_pixels"] for result in rounds if result["name"] == "defaults"]
     assert points[0]["distance"] == pytest.approx(np.mean(found))
