@@ -96,6 +96,31 @@ def test_loss_is_the_mean_over_masked_rows(multiplier, scheduler):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_a_loss_in_chunks_is_the_same(size, scheduler):
+    whole = tiny_head(2)
+    chunked = randomise(DiffusionHead(TOKEN_DIM, CONDITION_DIM, 2, 32, 2, loss_chunk_size=size))
+    kept, gradients = [], []
+    for head in (whole, chunked):
+        condition = conditions()[0].requires_grad_()
+        batch = {"target": torch.randn(2, 3, TOKEN_DIM, generator=seeded(2)), "mask": torch.ones(2, 3).bool()}
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda value, saved=saved: saved.append(value) or value, id):
+            loss = head.loss(condition=condition, scheduler=scheduler, generator=seeded(1), **batch)
+        kept.append(sum(value.numel() for value in saved))
+        loss = head.loss(condition=condition, scheduler=scheduler, generator=seeded(1), **batch)
+        loss.backward()
+        gradients.append([condition.grad, *(parameter.grad for parameter in head.parameters())])
+    assert kept[1] < kept[0]
+    for found, expected in zip(*gradients, strict=True):
+        assert relative_error(found, expected) < 1e-5
+
+
+def test_chunks_hold_something():
+    with pytest.raises(ValueError, match="`loss_chunk_size` has to be at least 1"):
+        DiffusionHead(TOKEN_DIM, CONDITION_DIM, 2, 32, loss_chunk_size=0)
+
+
 def test_copies_are_whole_batches(scheduler):
     # Copy k of every row at timestep k * 100: what one copy costs alone, averaged.
     condition, target = conditions(2, 3)[0], torch.randn(2, 3, TOKEN_DIM, generator=seeded(2))

@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler, SchedulerMixin
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from ..schedulers import TokenDDPMScheduler
@@ -92,6 +93,11 @@ class DiffusionHead(TokenHead):
         batch_multiplier (`int`, *optional*, defaults to 1): draws of timestep and noise per token and training step.
         layer_norm_eps (`float`, *optional*, defaults to 1e-06): of the layer norms.
         initializer_range (`float`, *optional*, defaults to 0.02): deviation of the time embedding's first weights.
+        loss_chunk_size (`int`, *optional*): rows of the loss that are computed at a time, and again in the backward pass,
+            so that only their activations need room; the loss is the same. None: all at once, and once.
+
+    Raises:
+        ValueError: if `loss_chunk_size` is below 1.
     """
 
     def __init__(
@@ -103,11 +109,15 @@ class DiffusionHead(TokenHead):
         batch_multiplier: int = 1,
         layer_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
+        loss_chunk_size: int | None = None,
     ):
         super().__init__()
+        if loss_chunk_size is not None and loss_chunk_size < 1:
+            raise ValueError(f"`loss_chunk_size` has to be at least 1, got {loss_chunk_size}.")
         self.token_dim = token_dim
         self.batch_multiplier = batch_multiplier
         self.initializer_range = initializer_range
+        self.loss_chunk_size = loss_chunk_size
         self.time_embedding = TimestepEmbedding(TIMESTEP_CHANNELS, hidden_size)
         self.condition_proj = nn.Linear(condition_dim, hidden_size)
         self.token_proj = nn.Linear(token_dim, hidden_size)
@@ -247,10 +257,26 @@ class DiffusionHead(TokenHead):
             noise = draw(torch.randn, (*shape, self.token_dim), generator, device, 1, counts).flatten(0, 1)
         else:
             noise = noise.to(device)[repeated].float()
+        rows = (condition, target, timesteps, noise)
+        if self.loss_chunk_size is None:
+            return self._row_losses(scheduler, *rows).mean()
+        chunks = zip(*(part.split(self.loss_chunk_size) for part in rows), strict=True)
+        settings = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn inside
+        return torch.cat([checkpoint(self._row_losses, scheduler, *chunk, **settings) for chunk in chunks]).mean()
+
+    def _row_losses(
+        self,
+        scheduler: TokenDDPMScheduler,
+        condition: torch.Tensor,
+        target: torch.Tensor,
+        timesteps: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> torch.Tensor:
+        """The loss of each row, (rows,)."""
         noisy = scheduler.add_noise(target, noise, timesteps)
         output = self(noisy, timesteps, condition)
         mean_squared_error, bound = scheduler.training_losses(output, target, noisy, noise, timesteps)
-        return (mean_squared_error + bound).mean()
+        return mean_squared_error + bound
 
     def sample(
         self,
