@@ -93,8 +93,8 @@ class DiffusionHead(TokenHead):
         batch_multiplier (`int`, *optional*, defaults to 1): draws of timestep and noise per token and training step.
         layer_norm_eps (`float`, *optional*, defaults to 1e-06): of the layer norms.
         initializer_range (`float`, *optional*, defaults to 0.02): deviation of the time embedding's first weights.
-        loss_chunk_size (`int`, *optional*): rows of the loss that are computed at a time, and again in the backward pass,
-            so that only their activations need room; the loss is the same. None: all at once, and once.
+        loss_chunk_size (`int`, *optional*): rows of the loss that are computed at a time, and again in the backward
+            pass, so that only their activations need room; the loss is the same. None: all at once, and once.
 
     Raises:
         ValueError: if `loss_chunk_size` is below 1.
