@@ -62,6 +62,8 @@ NUMBERS = {
     **{"num_inference_steps": int, "num_diffusion_steps": int, "guidance_refresh": int},
     **{"guidance_scale": float, "temperature": float},
 }
+# An interval is two values, where a sweep has one.
+SWEEPS = [name for name in SAMPLING if name != "guidance_interval"]
 
 
 @dataclass
@@ -162,12 +164,12 @@ def parse_sweeps(words: Sequence[str]) -> list[tuple[str, Any]]:
     """
     values: dict[str, list] = {}
     for word in words:
-        if word in SAMPLING:
+        if word in SWEEPS:
             name = word
             values.setdefault(name, [])
             continue
         if not values:
-            raise ValueError(f"`sweep` has to begin with one of {', '.join(SAMPLING)}, got {word!r}.")
+            raise ValueError(f"`sweep` has to begin with one of {', '.join(SWEEPS)}, got {word!r}.")
         try:
             values[name].append(NUMBERS.get(name, str)(word))
         except ValueError:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled pipelines: the same pictures, no graph breaks, nothing compiled again as the number of tokens changes."""
 
+import copy
 import logging
 
 import pytest
@@ -41,6 +42,43 @@ def test_the_same_pictures_without_compiling_again(backbone, make):
     for steps in (2, 4, 5, 6):
         latents(pipe, steps)
     assert counter.frame_count == compiled
+
+
+@torch.no_grad()
+def test_copies_compute_with_their_own_weights():
+    head = tiny_pipeline().compile(backend="eager").transformer.head
+    copied = copy.deepcopy(head)
+    for parameter in copied.parameters():
+        parameter.zero_()
+    inputs = (torch.ones(3, head.token_dim), torch.zeros(3), torch.ones(3, head.condition_proj.in_features))
+    assert head(*inputs).abs().max() > 0.1
+    assert not copied(*inputs).any()
+
+
+def test_compiled_again_it_is_compiled_by_the_last_only():
+    pipe, counters = tiny_pipeline(), (CompileCounter(), CompileCounter())
+    expected = latents(pipe, 3)
+    for counter in counters:
+        pipe.compile(backend=counter)
+    assert relative_error(latents(pipe, 3), expected) < 1e-5
+    assert [counter.frame_count > 0 for counter in counters] == [False, True]
+
+
+def test_cuda_graphs_are_left_to_the_head():
+    seen = set()
+
+    def backend(graph, inputs, mode="default"):
+        attends = "scaled_dot_product_attention" in graph.code
+        seen.add(("block" if attends else "head", mode))
+        return graph.forward
+
+    for mode in ("reduce-overhead", "max-autotune", "default"):
+        torch._dynamo.reset()
+        pipe = tiny_pipeline().compile(backend=backend, mode=mode)
+        latents(pipe, 3)
+        expected = {"max-autotune": "max-autotune-no-cudagraphs"}.get(mode, "default")
+        assert seen == {("head", mode), ("block", expected)}
+        seen.clear()
 
 
 def test_without_a_compiler_nothing_changes(monkeypatch, caplog):

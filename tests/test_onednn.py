@@ -4,6 +4,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from common import randomise, relative_error, seeded
 from mar_hf.onednn import FEW_ROWS, onednn_linears
@@ -96,9 +97,16 @@ def odd_weights():
     return module
 
 
+def pruned():
+    module = model()
+    prune.l1_unstructured(module[0], "weight", 0.5)
+    return module
+
+
 @pytest.mark.parametrize(
     "make, expected",
     [
+        (pruned, ["2"]),
         (hooked, ["0"]),
         (odd_weights, []),
         (compiled, []),
@@ -116,6 +124,23 @@ def test_models_out_of_the_ordinary_stay_as_they_are(make, expected):
 def test_autocast_keeps_its_own_dtypes():
     module = model()
     with torch.autocast("cpu", torch.bfloat16), onednn_linears(module):
+        assert replaced(module) == []
+
+
+def test_gradients_inside_are_those_outside():
+    module, states = model(), torch.randn(3, WIDTH, generator=seeded(1))
+    module(states).sum().backward()
+    expected = [parameter.grad.clone() for parameter in module.parameters()]
+    module.zero_grad()
+    with onednn_linears(module):
+        module(states).sum().backward()
+    for parameter, gradient in zip(module.parameters(), expected, strict=True):
+        assert relative_error(parameter.grad, gradient) < 1e-5
+
+
+def test_it_stays_out_where_torch_is_told_to_do_without_onednn():
+    module = model()
+    with torch.backends.mkldnn.flags(enabled=False), onednn_linears(module):
         assert replaced(module) == []
 
 

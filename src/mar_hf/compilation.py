@@ -12,13 +12,18 @@ from .models import ARForImageGeneration, MARForImageGeneration
 
 logger = logging.get_logger(__name__)
 
+# Modes with CUDA graphs -> the same without. A graph of each block alone would write over what the next block reads,
+# which torch refuses (https://github.com/pytorch/pytorch/issues/152887).
+WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+
 
 def compile_transformer(transformer: MARForImageGeneration | ARForImageGeneration, **kwargs: Any) -> bool:
     """Compile each block of the backbone and the denoising step of the head, for any number of tokens.
 
     Of a causal backbone's blocks only the MLPs: with its cache each block would be compiled on its own. The number of
     tokens changes from step to step, so it is left open in what is compiled; torch compiles again only where it is 1,
-    or where it equals the batch by chance. Equal blocks share what is compiled.
+    or where it equals the batch by chance. Equal blocks share what is compiled. CUDA graphs, where the mode has them,
+    are the head's only.
 
     Args:
         transformer ([`MARForImageGeneration`] or [`ARForImageGeneration`]): changed in place.
@@ -32,9 +37,10 @@ def compile_transformer(transformer: MARForImageGeneration | ARForImageGeneratio
         return False
     kwargs = {"dynamic": True, **kwargs}
     kind = BackboneMLP if isinstance(transformer, ARForImageGeneration) else BackboneLayer
+    mode = kwargs.get("mode")
     for module in transformer.modules():
         if isinstance(module, kind):
-            module.compile(**kwargs)
+            module.compile(**{**kwargs, "mode": WITHOUT_CUDA_GRAPHS.get(mode, mode)})
     transformer.head.compile_sampling(**kwargs)
     return True
 

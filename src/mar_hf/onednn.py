@@ -23,13 +23,15 @@ def onednn_linears(module: nn.Module) -> Iterator[None]:
     out of date when the model is trained in between.
 
     Nothing happens on other devices, in other dtypes than float32 and bfloat16, under autocast, in models that are
-    compiled or whose modules have a `forward` of their own (accelerate's hooks), and where torch has no oneDNN.
+    compiled or whose modules have a `forward` of their own (accelerate's hooks), in layers whose weight is computed
+    (pruning), and where torch has no oneDNN or was told not to use it (`torch.backends.mkldnn.flags(enabled=False)`).
+    Where gradients are computed inside, as callbacks may, layers compute as ever.
 
     Args:
-        module (`torch.nn.Module`): the model.
+        module (`torch.nn.Module`): the model; its weights must not change inside.
 
     Yields:
-        nothing; gradients can't be computed inside.
+        nothing.
     """
     layers = _layers(module)
     for layer in layers:
@@ -38,12 +40,15 @@ def onednn_linears(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            # Another thread's call may have ended in between.
+            vars(layer).pop("forward", None)
 
 
 def _layers(module: nn.Module) -> list[nn.Linear]:
     """The layers that can be replaced; none if anything about the model is out of the ordinary."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return []
+    if not torch.backends.mkldnn.enabled:
         return []
     modules = list(module.modules())
     own = any("forward" in vars(part) or part._compiled_call_impl is not None for part in modules)
@@ -56,6 +61,7 @@ def _layers(module: nn.Module) -> list[nn.Linear]:
         for part in modules
         if isinstance(part, nn.Linear)
         and type(part).forward is nn.Linear.forward
+        and "weight" in part._parameters  # pruning and parametrizations compute it in each call
         and type(part.weight.data) is torch.Tensor  # torchao's weights are subclasses
         and part.weight.device.type == "cpu"
         and part.weight.dtype in dtypes
@@ -69,6 +75,8 @@ def _forward(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
         nonlocal packed
+        if torch.is_grad_enabled():  # oneDNN's operator would cut the graph
+            return nn.functional.linear(hidden_states, weight, bias)
         rows = hidden_states.numel() // weight.shape[1]
         if rows * weight.numel() < FEW_PRODUCTS or hidden_states.dtype != weight.dtype:
             return nn.functional.linear(hidden_states, weight, bias)

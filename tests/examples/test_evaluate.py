@@ -202,6 +202,7 @@ def test_sweeps_of_the_command_line():
         ({}, "Give either `pretrained_model_name_or_path` or `samples_dir`"),
         ({"samples_dir": "real", "sweep": ["temperature", "1"]}, "`sweep` makes pictures"),
         ({"samples_dir": "real", "sweep": ["seed", "1"]}, "`sweep` has to begin with one of num_inference_steps"),
+        ({"samples_dir": "real", "sweep": ["guidance_interval", "0.5"]}, "guidance_refresh, got 'guidance_interval'"),
         ({"samples_dir": "real", "sweep": ["temperature", "hot"]}, "`sweep` of temperature has the value 'hot'"),
         ({"samples_dir": "real", "sweep": ["temperature"]}, "`sweep` has no values for temperature"),
         ({"samples_dir": "real", "reference": "nowhere"}, "`reference` 'nowhere' does not exist"),

@@ -368,6 +368,7 @@ class DiffusionHead(TokenHead):
         Args:
             kwargs (`Any`): for `torch.compile`.
         """
+        vars(self).pop("_denoise", None)  # of an earlier call
         compiled = torch.compile(self._denoise, **kwargs)
 
         def denoise(noisy_tokens: torch.Tensor, modulations: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -376,6 +377,12 @@ class DiffusionHead(TokenHead):
             return output.unflatten(0, noisy_tokens.shape[:-1])
 
         self._denoise = denoise
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As with torch's modules, copies are not compiled: they would compute with the weights of this one.
+        state = super().__getstate__()
+        state.pop("_denoise", None)
+        return state
 
     def _embed_time(self, timesteps: torch.Tensor) -> torch.Tensor:
         # Cosines first, then sines; float32 whatever the weights are.

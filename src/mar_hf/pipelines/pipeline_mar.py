@@ -611,7 +611,7 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         `docs/speed.md`.
 
         Args:
-            kwargs (`Any`): for `torch.compile`: `mode="reduce-overhead"` replays CUDA graphs.
+            kwargs (`Any`): for `torch.compile`: `mode="reduce-overhead"` replays the head's step as CUDA graphs.
 
         Returns:
             [`MARPipeline`]: itself; unchanged, with a warning, where torch finds no compiler.
