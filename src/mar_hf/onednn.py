@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers by oneDNN, which torch's `nn.Linear` uses for float32 on no CPU."""
 
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,9 +23,10 @@ def onednn_linears(module: nn.Module) -> Iterator[None]:
     few rows. Weights that meet few rows are copied once into oneDNN's layout, and dropped at the end: nothing can be
     out of date when the model is trained in between.
 
-    Nothing happens on other devices, in other dtypes than float32 and bfloat16, under autocast, in models that are
-    compiled or whose modules have a `forward` of their own (accelerate's hooks), in layers whose weight is computed
-    (pruning), and where torch has no oneDNN or was told not to use it (`torch.backends.mkldnn.flags(enabled=False)`).
+    Nothing happens on other devices and other processors than x86, in other dtypes than float32 and bfloat16, under
+    autocast, in models that are compiled or whose modules have a `forward` of their own (accelerate's hooks), in layers
+    whose weight is computed (pruning), and where torch has no oneDNN or was told not to use it
+    (`torch.backends.mkldnn.flags(enabled=False)`).
     Where gradients are computed inside, as callbacks may, layers compute as ever.
 
     Args:
@@ -46,9 +48,10 @@ def onednn_linears(module: nn.Module) -> Iterator[None]:
 
 def _layers(module: nn.Module) -> list[nn.Linear]:
     """The layers that can be replaced; none if anything about the model is out of the ordinary."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    backend = torch.backends.mkldnn
+    if not (backend.is_available() and backend.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return []
-    if not torch.backends.mkldnn.enabled:
+    if platform.machine() not in ("x86_64", "AMD64"):  # never tried on others
         return []
     modules = list(module.modules())
     own = any("forward" in vars(part) or part._compiled_call_impl is not None for part in modules)

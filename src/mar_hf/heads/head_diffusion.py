@@ -28,6 +28,8 @@ MODULATION_BYTES = 2**24
 class DiffusionHeadBlock(nn.Module):
     """One residual block: h + gate * MLP(LN(h) * (1 + scale) + shift), modulated by time and condition.
 
+    It has two halves instead of a `forward`, since many updates can share what is computed in `modulate`.
+
     Args:
         hidden_size (`int`): width.
         layer_norm_eps (`float`): of the layer norm.
@@ -39,18 +41,6 @@ class DiffusionHeadBlock(nn.Module):
         self.linear_1 = nn.Linear(hidden_size, hidden_size)
         self.linear_2 = nn.Linear(hidden_size, hidden_size)
         self.modulation = nn.Linear(hidden_size, 3 * hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor, activated_embedding: torch.Tensor) -> torch.Tensor:
-        """Apply the block.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(..., hidden_size)`): the noisy token's state.
-            activated_embedding (`torch.Tensor` of shape `(..., hidden_size)`): SiLU of time + condition.
-
-        Returns:
-            `torch.Tensor` of shape `(..., hidden_size)`.
-        """
-        return self.update(hidden_states, *self.modulate(activated_embedding))
 
     def modulate(self, activated_embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What time and condition do to the block. It does not depend on the noisy token.
@@ -374,7 +364,8 @@ class DiffusionHead(TokenHead):
         def denoise(noisy_tokens: torch.Tensor, modulations: Sequence[torch.Tensor]) -> torch.Tensor:
             # Plain rows in memory of their own: what is compiled then fits any number of tokens.
             output = compiled(noisy_tokens.flatten(0, -2), torch.stack(list(modulations)).flatten(1, -2))
-            return output.unflatten(0, noisy_tokens.shape[:-1])
+            # A copy, because the next replay of a CUDA graph writes to the same memory.
+            return output.unflatten(0, noisy_tokens.shape[:-1]).clone()
 
         self._denoise = denoise
 
@@ -395,7 +386,7 @@ class DiffusionHead(TokenHead):
     def _steps_ahead(self, embedding: torch.Tensor) -> int:
         """How many steps' modulations `sample` computes at once: as many as the memory bound allows, at least one."""
         parts = 3 * len(self.blocks) + 2
-        return max(1, MODULATION_BYTES // (parts * embedding.numel() * embedding.element_size()))
+        return max(1, MODULATION_BYTES // (parts * max(1, embedding.numel()) * embedding.element_size()))
 
     def _modulate(self, embedding: torch.Tensor) -> list[torch.Tensor]:
         """What the sum of the time's and the condition's embedding does: shift, 1 + scale and gate of each block, then
