@@ -23,7 +23,7 @@ def onednn_linears(module: nn.Module) -> Iterator[None]:
     few rows. Weights that meet few rows are copied once into oneDNN's layout, and dropped at the end: nothing can be
     out of date when the model is trained in between.
 
-    Nothing happens on other devices and other processors than x86, in other dtypes than float32 and bfloat16, under
+    Nothing happens on other devices and processors than x86, in other dtypes than float32 and bfloat16, under
     autocast, in models that are compiled or whose modules have a `forward` of their own (accelerate's hooks), in layers
     whose weight is computed (pruning), and where torch has no oneDNN or was told not to use it
     (`torch.backends.mkldnn.flags(enabled=False)`).
