@@ -24,8 +24,8 @@ def onednn_linears(module: nn.Module) -> Iterator[None]:
     out of date when the model is trained in between.
 
     Nothing happens on other devices and processors than x86, in other dtypes than float32 and bfloat16, under
-    autocast, in models that are compiled or whose modules have a `forward` of their own (accelerate's hooks), in layers
-    whose weight is computed (pruning), and where torch has no oneDNN or was told not to use it
+    autocast, in models that are compiled or whose modules have a `forward` of their own (accelerate's hooks), in
+    layers whose weight is computed (pruning), and where torch has no oneDNN or was told not to use it
     (`torch.backends.mkldnn.flags(enabled=False)`).
     Where gradients are computed inside, as callbacks may, layers compute as ever.
 
