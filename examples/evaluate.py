@@ -59,8 +59,11 @@ from mar_hf.cli import draw_grid
 
 
 NUMBERS = {
-    **{"num_inference_steps": int, "num_diffusion_steps": int, "guidance_refresh": int},
-    **{"guidance_scale": float, "temperature": float},
+    "num_inference_steps": int,
+    "num_diffusion_steps": int,
+    "guidance_scale": float,
+    "guidance_refresh": int,
+    "temperature": float,
 }
 # An interval is two values, where a sweep has one.
 SWEEPS = [name for name in SAMPLING if name != "guidance_interval"]

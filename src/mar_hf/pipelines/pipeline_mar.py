@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging, replace_example_docstring
 from huggingface_hub import create_repo, file_exists
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compilation import compile_transformer
-from ..conditioning import TextContext, check_text_encoder
+from ..conditioning import check_text_encoder
 from ..generation import (
     GENERATION_ORDERS,
     GUIDANCE_SCHEDULES,
@@ -26,6 +27,7 @@ from ..hub import build_model_card
 from ..models import ARForImageGeneration, MARForImageGeneration, add_context_noise
 from ..onednn import onednn_linears
 from ..tokenizers import ImageTokenizer
+from .guidance import GuidedBackbone
 from .prompts import PromptMixin
 
 
@@ -508,38 +510,25 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         mask = torch.ones(batch_size, config.num_tokens, dtype=torch.bool, device=device)
 
         # 4. Autoregressive loop
-        done, cache, had_both, text_contexts, ahead = 0, None, None, {}, None
+        backbone = GuidedBackbone(
+            self.transformer,
+            tokens_per_step,
+            orders,
+            labels,
+            partial(self._make_text_context, texts),
+            settings["guidance_refresh"],
+        )
+        done = 0
         with onednn_linears(self.transformer), self.progress_bar(total=steps) as progress_bar:
             for step, count in enumerate(tokens_per_step):
                 if self.interrupt:
                     break
                 positions = orders[:, done : done + count]
-                scales = guidance(self.guidance_scale, tokens_per_step)
-                scale = guidance_within(scales, settings["guidance_interval"])[step] if self._conditional else 1.0
-                # Where the unconditional branch is computed, it is for the tokens of the next steps, too.
-                both = scale != 1.0 and (ahead is None or ahead.shape[1] == 0)
-                upcoming = tokens_per_step[step : step + settings["guidance_refresh"]] if both else [count]
-                if cache is None or both != had_both:
-                    # A cache is of one branch or of both; made anew, it takes in all steps before.
-                    cache, had_both = self.transformer.make_cache(tokens_per_step), both
-                if both not in text_contexts:
-                    text_contexts[both] = self._make_text_context(texts, both)
-                condition, negative = self._predict(
-                    tokens if context is None else add_context_noise(tokens, context, level),
-                    orders,
-                    [*tokens_per_step[:step], sum(upcoming)],
-                    labels,
-                    cache,
-                    text_contexts[both],
-                    both,
-                )
-                if both:
-                    ahead = (negative - condition)[:, count:]
-                    condition, negative = condition[:, :count], negative[:, :count]
-                elif scale != 1.0:
-                    negative, ahead = condition + ahead[:, :count], ahead[:, count:]
-                else:
-                    ahead = None
+                # In every step, because callbacks may change the scale.
+                scales = guidance_within(guidance(self.guidance_scale, tokens_per_step), settings["guidance_interval"])
+                scale = scales[step] if self._conditional else 1.0
+                seen = tokens if context is None else add_context_noise(tokens, context, level)
+                condition, negative = backbone.predict(seen, step, scale != 1.0)
                 sampled = self.transformer.head.sample(
                     condition=condition,
                     negative_condition=negative,
@@ -563,8 +552,7 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
                     if "latents" in returned:
                         tokens = self.vae.patchify(returned["latents"]).to(tokens)
                         if not torch.equal(tokens, before):
-                            # What was kept is not of these tokens.
-                            cache = ahead = None
+                            backbone.forget()
                 progress_bar.update()
 
         # 5. Decode
@@ -583,26 +571,6 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         # 6. Offload
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=image) if return_dict else (image,)
-
-    def _predict(
-        self,
-        tokens: torch.Tensor,
-        orders: torch.Tensor,
-        tokens_per_step: list[int],
-        labels: torch.Tensor | None,
-        cache: Cache | None,
-        text_context: TextContext | None,
-        both: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Condition vectors (B, K, D) of the last step, and those without the class for `both` branches."""
-        if both:
-            tokens, orders = torch.cat([tokens] * 2), torch.cat([orders] * 2)
-        if both and labels is not None:
-            labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
-        # A wrapper of torch.compile passes methods on to the module inside, which would run as it is.
-        predict = type(getattr(self.transformer, "_orig_mod", self.transformer)).predict
-        condition = predict(self.transformer, tokens, orders, tokens_per_step, labels, cache, text_context)
-        return tuple(condition.chunk(2)) if both else (condition, None)
 
     def compile(self, **kwargs: Any) -> "MARPipeline":
         """Compile the transformer's blocks and the head's denoising step, for any number of tokens.
