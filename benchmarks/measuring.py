@@ -26,6 +26,11 @@ import mar_hf
 from mar_hf import ImageTokenizer, MARConfig, MARForImageGeneration, MARPipeline, TokenDDPMScheduler
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from machine import describe_machine  # noqa: E402
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PARTS = ("encoder", "decoder", "head", "vae", "other")
 # Sides of the square matrices whose product is the machine's rate.
@@ -330,15 +335,9 @@ def peak_memory() -> float:
 
 def machine(device: str) -> dict[str, Any]:
     """What the numbers were measured on, and how busy it was."""
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    described = {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count()}
-    described |= {"threads": torch.get_num_threads(), "system": f"{platform.system()} {platform.machine()}"}
+    described = describe_machine(device) | {"system": f"{platform.system()} {platform.machine()}"}
     if hasattr(os, "getloadavg"):
         described["load"] = round(os.getloadavg()[0], 2)
-    if torch.device(device).type == "cuda":
-        described |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return described
 
 

@@ -12,7 +12,6 @@ import importlib
 import json
 import logging
 import multiprocessing
-import os
 import pathlib
 import platform
 import shlex
@@ -34,6 +33,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from generate import claim_folder, load_pipeline, write_whole
 from image_data import ImageTransform, load_image_dataset
+from machine import describe_machine
 from PIL import Image
 from train_tokenizer import latent_statistics, some_pictures
 from training_utils import make_accelerator, parse_arguments
@@ -356,17 +356,11 @@ def collect(args: Arguments) -> dict[str, Any]:
             "evaluations": evaluations,
         }
         tokenizers.add(AUTOENCODERS[MODELS[model][1]])
-    cpu_info = pathlib.Path("/proc/cpuinfo")
-    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    machine = {"cpu": (names or [platform.processor()])[0], "cores": os.cpu_count()}
-    if torch.cuda.is_available():
-        machine["gpu"] = torch.cuda.get_device_name()
     packages = ("mar_hf", "torch", "transformers", "diffusers", "accelerate", "scikit-learn")
     return {
         "quick": args.quick,
         "seeds": args.seeds,
-        "machine": machine,
+        "machine": describe_machine("cuda" if torch.cuda.is_available() else "cpu"),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "training": json.loads(CONFIG.read_text(encoding="utf-8")),
         "tokenizers": {name: read(args, f"tokenizer-{name}") for name in sorted(tokenizers)},

@@ -11,9 +11,7 @@ goes on; the table and the number of rounds may grow. docs/speed.md says what th
 
 import copy
 import json
-import os
 import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -34,6 +32,7 @@ from generate import (
     weights_digest,
     write_whole,
 )
+from machine import describe_machine
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 from PIL import Image
 from training_utils import make_accelerator, parse_arguments
@@ -268,22 +267,6 @@ def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the times were measured on.
-
-    Args:
-        device (`torch.device`): of the model.
-
-    Returns:
-        `dict`.
-    """
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    found = {"cpu": (names or [platform.processor()])[0], "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    return found | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
-
-
 def main(args: Arguments) -> None:
     """Measure what is missing, and write curve, table and pictures.
 
@@ -313,7 +296,7 @@ def main(args: Arguments) -> None:
         )
 
     note = {key: value for key, value in asdict(args).items() if key not in ("output_dir", "table", "num_rounds")}
-    note |= {"weights_digest": weights_digest(pipeline), "machine": machine(device)}
+    note |= {"weights_digest": weights_digest(pipeline), "machine": describe_machine(device)}
     output = pathlib.Path(args.output_dir)
     claim_folder(output, note, accelerator)
     file = output / "rounds.json"
