@@ -31,7 +31,6 @@ from measuring import (
     machine,
     matmul_rate,
     now,
-    peak_memory,
     quiet,
     versions,
 )
@@ -415,7 +414,6 @@ def run(name: str, scenario: dict[str, Any], reference: bool = True, matmul_size
         "difference": difference,
         "matmul": {dtype: median(values) for dtype, values in rates.items()},
         "matmul_size": size,
-        "peak_memory_mb": peak_memory(),
         "machine": machine(device),
         "versions": versions(diffusers, transformers),
     }

@@ -328,9 +328,15 @@ def _status(name: str) -> int:
 
 
 def peak_memory() -> float:
-    """Most megabytes (10^6 bytes) of RAM that the process has held since it started."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    """Most megabytes (10^6 bytes) of RAM that the process has held since it started, or since the last [`Memory`].
+
+    Not by `resource.getrusage` where the system tells otherwise (Linux): that counts what its parent held, too.
+    """
+    try:
+        return _status("VmHWM") / 1e6
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def machine(device: str) -> dict[str, Any]:

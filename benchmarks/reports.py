@@ -49,7 +49,6 @@ def table(result: dict[str, Any]) -> str:
         kind = "calls" if side["whole_calls"] else "estimates"
         held = "" if memory is None else f"; memory above what was held before {memory:,.0f} MB"
         lines.append(f"{name}: {len(calls)} {kind} of {min(calls):.3f} to {max(calls):.3f} s{held}")
-    lines.append(f"most memory of the whole process: {result['peak_memory_mb']:,.0f} MB")
     if result["difference"] is not None:
         lines.append(_difference(result["difference"]))
     if "ratio" in result:

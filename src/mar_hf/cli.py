@@ -190,7 +190,10 @@ def _text_encoder(args: argparse.Namespace) -> dict[str, Any]:
         return {}
     source = args.text_encoder
     if source is None and _demo(args) == "text":
-        source = demo_text_encoder()
+        try:
+            source = demo_text_encoder()
+        except ImportError as error:
+            raise ValueError(error) from error
     return {} if source is None else dict(zip(("text_encoder", "tokenizer"), load_text_encoder(source), strict=True))
 
 
@@ -387,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     diffusers.utils.logging.disable_progress_bar()
     try:
         args.run(args)
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         print("mar-hf:", *str(error).split(), file=sys.stderr)
         return 2
     return 0

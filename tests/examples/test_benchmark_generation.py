@@ -66,7 +66,9 @@ def test_whole_calls_are_measured_by_part(measure):
         assert sum(line.startswith(f"| {part} | ") for line in printed) == 1
     assert printed[-1] == f"ratio {record['ratio']:.2f}"
     assert record["versions"]["torch"] == torch.__version__ and record["machine"]["cores"] > 0
-    assert record["matmul"]["float32"] > 0 and record["peak_memory_mb"] > 50
+    assert record["matmul"]["float32"] > 0 and all(
+        side["memory_mb"] is None or side["memory_mb"] >= 0 for side in record["sides"].values()
+    )
 
 
 def test_the_base_model_is_estimated_from_some_steps(measure, tmp_path):

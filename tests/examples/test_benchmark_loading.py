@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from common import tiny_model
 from snippets import ROOT
@@ -44,3 +45,15 @@ def test_a_process_that_fails_says_why(tmp_path):
     assert measure_alone(str(script), []) == {}
     with pytest.raises(RuntimeError, match=r"script.py --only ours failed:\nno such thing"):
         measure_alone(str(script), ["--only", "ours"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells the peak of the process only")
+def test_the_memory_of_a_process_is_not_that_of_its_parent(tmp_path):
+    script = tmp_path / "script.py"
+    path = f"import sys\nsys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
+    script.write_text(
+        path + "import json\nfrom measuring import peak_memory\nprint(json.dumps({'peak': peak_memory()}))\n"
+    )
+    held = torch.ones(250_000_000)  # 1000 MB, more than the libraries take
+    assert held.sum() > 0
+    assert 50 < measure_alone(str(script), [])["peak"] < 1000
