@@ -70,6 +70,8 @@ from mar_hf.utils import atomic_folder
 
 logger = get_logger(__name__)
 
+# Parameters that only a model of texts has.
+TEXT_PARTS = re.compile(r"\.(text_aligner|context_\w+)\.")
 # What a tracker needs to be told of a picture (1, H, W, 3).
 IMAGE_FORMAT = {"tensorboard": {"dataformats": "NHWC"}}
 
@@ -295,8 +297,9 @@ def fine_tuned_model(args: Arguments, settings: dict, names: list[str] | None) -
     if num_classes == model.config.num_classes and same:
         return model
     table = model.get_parameter("model.class_embedding.weight").detach()
-    # A new class starts as the mean of the old ones. Row `num_classes` is no class.
-    rows = [table[old[name]] if name in old else table[:-1].mean(0) for name in names or ["any"] * num_classes]
+    # A new class starts as the mean of the old ones, if there are any. The last row is no class.
+    mean = table[: max(model.config.num_classes, 1)].mean(0)
+    rows = [table[old[name]] if name in old else mean for name in names or ["any"] * num_classes]
     embedding = torch.nn.Embedding(num_classes + 1, table.shape[1], _weight=torch.stack([*rows, table[-1]]))
     model.model.class_embedding = embedding
     model.config.num_classes = num_classes
@@ -309,15 +312,20 @@ def count_classes(names: list[str] | None, settings: dict) -> int:
 
 
 def load_weights(model_class: type[PreTrainedModel], source: str, config: PreTrainedConfig) -> PreTrainedModel:
-    """A pipeline's model; what attends to texts may be new, and starts as the identity."""
+    """A pipeline's model; what attends to texts may be new, and starts as the identity, or be left out."""
     settings = {"subfolder": "transformer", "dtype": torch.float32, "config": config}
     old = type(config).from_pretrained(source, subfolder="transformer")
-    if config.text_dim is None or old.text_dim is not None:
+    if (config.text_dim is None) == (old.text_dim is None):
         return model_class.from_pretrained(source, **settings)
+    if config.text_dim is None:
+        weights = model_class.from_pretrained(source, **{**settings, "config": old}).state_dict()
+        model = model_class(config)
+        model.load_state_dict({name: tensor for name, tensor in weights.items() if not TEXT_PARTS.search(name)})
+        return model
     model, report = model_class.from_pretrained(
         source, **settings, output_loading_info=True, ignore_mismatched_sizes=True
     )
-    missing = {name for name in report["missing_keys"] if not re.search(r"\.(text_aligner|context_\w+)\.", name)}
+    missing = {name for name in report["missing_keys"] if not TEXT_PARTS.search(name)}
     if wrong := sorted([*missing, *report["unexpected_keys"], *(key for key, *_ in report["mismatched_keys"])]):
         raise ValueError(f"The weights of {source} do not fit its configuration: {', '.join(wrong)}.")
     return model

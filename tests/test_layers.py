@@ -3,12 +3,14 @@
 
 import pytest
 import torch
+from torch.nn.utils.prune import random_unstructured
 
 from common import MODELS, randomise, relative_error, seeded, tiny_config
 from mar_hf.layers import BackboneLayer, ContextAttention
 
 
-LENGTHS = [5, 1, 3]  # tokens of each context; the rest of 5 is padding
+LENGTHS = [5, 1, 3]  # tokens of each context; the rest is padding
+WIDTHS = [8, 12]  # of contexts: absorbed, and not
 ATTENTION = ["sdpa", "eager"]
 
 
@@ -30,18 +32,18 @@ def make_layer(attention="sdpa", **changes):
     return randomise(BackboneLayer(config(attention, **changes), 32, 2, context_dim=24), gain=1.0)
 
 
-def inputs(dtype=torch.float32):
-    """A sequence, a context, and what is added to the scores of attention to it."""
+def inputs(dtype=torch.float32, length=12):
+    """A sequence, a context, which is short up to 8 tokens, and what is added to the scores of attention to it."""
     generator = seeded(1)
     states = torch.randn(3, 7, 32, generator=generator).to(dtype)
-    context = torch.randn(3, 5, 24, generator=generator).to(dtype)
-    padding = torch.arange(5) >= torch.tensor(LENGTHS)[:, None]
-    added = torch.zeros(3, 5, dtype=dtype).masked_fill(padding, torch.finfo(dtype).min)
+    context = torch.randn(3, length, 24, generator=generator).to(dtype)
+    padding = torch.arange(length) >= torch.tensor(LENGTHS)[:, None]
+    added = torch.zeros(3, length, dtype=dtype).masked_fill(padding, torch.finfo(dtype).min)
     return states, context, added[:, None, None]
 
 
 def attend(module, states, context, added):
-    return module(states, *module.read(context), added)
+    return module(states, *module.read(context, added, absorb=context.shape[1] < 12))
 
 
 def by_hand(module, states, context):
@@ -57,16 +59,18 @@ def by_hand(module, states, context):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("length", WIDTHS)
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_it_is_attention_to_what_is_no_padding(attention):
-    module, (states, context, added) = make(attention), inputs()
+def test_it_is_attention_to_what_is_no_padding(attention, length):
+    module, (states, context, added) = make(attention), inputs(length=length)
     assert relative_error(attend(module, states, context, added), by_hand(module, states, context)) < 1e-5
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("length", WIDTHS)
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_padding_is_not_seen_at_all(attention):
-    module, (states, context, added) = make(attention), inputs()
+def test_padding_is_not_seen_at_all(attention, length):
+    module, (states, context, added) = make(attention), inputs(length=length)
     expected = attend(module, states, context, added)
     changed = context.clone()
     changed[1, 1:], changed[2, 3:] = 1e4, -1e4
@@ -78,17 +82,79 @@ def test_padding_is_not_seen_at_all(attention):
 
 
 @torch.no_grad()
-def test_a_context_is_read_once_for_sequences_of_any_length():
-    module, (states, context, added) = make(), inputs()
-    key, value = module.read(context)
-    assert key.shape == value.shape == (3, 2, 5, 16)
-    reads = []
-    module.key_value.register_forward_hook(lambda *_: reads.append(1))
-    for length in (7, 1, 3):
+@pytest.mark.parametrize("length", WIDTHS)
+def test_a_context_is_read_once_for_sequences_of_any_length(length):
+    module, (states, context, added) = make(), inputs(length=length)
+    read = module.read(context, added)
+    calls = []
+    module.key_value.register_forward_hook(lambda *_: calls.append(1))
+    for count in (7, 1, 3):
         # The context has no order of its own, and tokens of the sequence do not see each other.
-        found = module(states[:, :length], key, value, added)
-        assert relative_error(found, by_hand(module, states, context)[:, :length]) < 1e-5
-    assert len(reads) == 3 * 3  # by hand alone: three pictures, three times
+        found = module(states[:, :count], *read)
+        assert relative_error(found, by_hand(module, states, context)[:, :count]) < 1e-5
+    assert len(calls) == 3 * 3  # by hand alone: three pictures, three times
+
+
+@torch.no_grad()
+def test_a_short_context_absorbs_the_layers_around_it():
+    module, (states, context, added) = make(), inputs(length=8)
+    read = module.read(context, added, absorb=True)
+    assert [part.shape for part in read] == [(3, 16, 32), (3, 16, 32), (3, 1, 16)]
+    calls = []
+    for layer in (module.query, module.proj):
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    absorbed = module(states, *read)
+    assert not calls
+    # One token more is too long; and not where nobody asked for it.
+    for length, absorb in ((9, True), (8, False)):
+        _, context, added = inputs(length=length)
+        read = module.read(context, added, absorb)
+        assert [part.shape for part in read] == [(3, 2, length, 16), (3, 2, length, 16), (3, 1, 1, length)]
+    found = module(states, *read)
+    assert relative_error(found, absorbed) < 1e-5 and not torch.equal(found, absorbed) and calls == [1, 1]
+
+
+@torch.no_grad()
+def test_layers_that_are_more_than_their_weights_are_not_absorbed():
+    class Scaled(torch.nn.Linear):
+        def forward(self, hidden_states):
+            return 2 * super().forward(hidden_states)
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+
+        def forward(self, hidden_states):
+            return 2 * self.layer(hidden_states)
+
+    states, context, added = inputs(length=8)
+    for change in ("subclass", "wrapper", "forward", "hook", "pruned"):
+        module = make()
+        if change == "subclass":
+            module.query.__class__ = Scaled
+        if change == "wrapper":
+            module.query = Adapted(module.query)
+        if change == "forward":
+            forward = module.query.forward
+            module.query.forward = lambda states, forward=forward: 2 * forward(states)
+        if change == "hook":
+            module.query.register_forward_hook(lambda *call: 2 * call[-1])
+        if change == "pruned":
+            random_unstructured(module.query, "weight", 0.5)
+        assert relative_error(attend(module, states, context, added), by_hand(module, states, context)) < 1e-5, change
+
+
+def test_gradients_pass_through_an_absorbed_context():
+    module, (states, context, added) = make(), inputs(length=8)
+    for part in (states, context):
+        part.requires_grad_()
+    gradients = []
+    for expected in (False, True):
+        output = by_hand(module, states, context) if expected else attend(module, states, context, added)
+        gradients.append(torch.autograd.grad(output.square().sum(), [states, context, *module.parameters()]))
+    for found, expected in zip(*gradients):
+        assert relative_error(found, expected) < 1e-4
 
 
 @torch.no_grad()
@@ -118,12 +184,13 @@ def test_flex_attention_is_given_a_mask_without_broadcasting():
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", WIDTHS)
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_half_precision_sees_no_padding_either(attention, dtype):
-    module, (states, context, added) = make(attention).to(dtype), inputs(dtype)
+def test_half_precision_sees_no_padding_either(attention, length, dtype):
+    module, (states, context, added) = make(attention).to(dtype), inputs(dtype, length)
     found = attend(module, states, context, added)
     assert found.dtype == dtype
-    assert relative_error(found.float(), by_hand(make(), *inputs()[:2])) < 0.03
+    assert relative_error(found.float(), by_hand(make(), *inputs(length=length)[:2])) < 0.03
     context[1, 1:] = 100
     assert torch.equal(attend(module, states, context, added), found)
 
@@ -138,7 +205,7 @@ def test_dropout_of_the_probabilities_is_for_training_only(attention):
         found = attend(module.train(), states, context, added)
     # One token, whose probability is 1, is dropped or counts twice: for each head and query.
     heads = module.proj.weight.T.unflatten(0, (2, 16))
-    _, value = module.read(context)
+    _, value, _ = module.read(context, added)
     parts = torch.einsum("hd,hdo->ho", value[1, :, 0], heads)
     sums = torch.stack([a * parts[0] + b * parts[1] for a in (0, 2) for b in (0, 2)]) + module.proj.bias
     distance = (found[1][:, None] - sums).abs().amax(-1)
@@ -152,7 +219,7 @@ def test_dropout_of_the_probabilities_is_for_training_only(attention):
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_a_block_attends_to_itself_then_to_the_context_then_applies_its_mlp(attention):
     layer, (states, context, added) = make_layer(attention), inputs()
-    found = layer(states, context=(*layer.context_attention.read(context), added))
+    found = layer(states, context=layer.context_attention.read(context, added))
     expected = states + layer.attention(layer.attention_norm(states))
     without = expected + layer.mlp(layer.mlp_norm(expected))
     assert torch.equal(layer(states), without)
@@ -170,8 +237,8 @@ def test_fresh_blocks_of_a_model_add_exactly_nothing(backbone):
     assert len(blocks) == 2  # not those of the aligner
     for layer in blocks:
         states, (_, _, added) = inputs()[0], inputs()
-        context = 100 * torch.randn(3, 5, 32, generator=seeded(2))
-        key, value = layer.context_attention.read(context)
+        context = 100 * torch.randn(*added.shape[::3], 32, generator=seeded(2))
+        key, value, added = layer.context_attention.read(context, added)
         assert key.abs().max() > 1 and value.abs().max() > 1
         assert torch.equal(layer(states, context=(key, value, added)), layer(states))
 
@@ -183,7 +250,7 @@ def test_a_fresh_block_learns_to_attend():
     optimiser = torch.optim.SGD(layer.parameters(), lr=0.1)
 
     def gradients():
-        context = (*layer.context_attention.read(torch.randn(3, 5, 32, generator=seeded(2))), added)
+        context = layer.context_attention.read(torch.randn(3, 12, 32, generator=seeded(2)), added)
         optimiser.zero_grad()
         layer(states, context=context).square().mean().backward()
         named = layer.context_attention.named_parameters()
@@ -203,6 +270,16 @@ def test_dropout_acts_after_the_attention_to_the_context():
     layer.context_attention.proj.bias.fill_(1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        context = (*layer.context_attention.read(context), added)
+        context = layer.context_attention.read(context, added)
         found = layer.train()(torch.zeros_like(states), context=context)
     assert found.unique().tolist() == [0, 2] and 0.4 < (found == 0).float().mean() < 0.6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", WIDTHS)
+def test_autocast(length):
+    module, (states, context, added) = make(), inputs(length=length)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(module, states, context, added)
+    assert found.dtype == torch.bfloat16
+    assert relative_error(found.float(), by_hand(module, states, context)) < 0.03

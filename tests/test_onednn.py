@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers by oneDNN: the same numbers, and only where nothing is out of the ordinary."""
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -71,7 +72,14 @@ def test_two_calls_at_once_do_not_disturb_each_other():
 
 def hooked():
     module = model()
-    module[0].forward = module[0].forward  # as accelerate's hooks do
+    accelerate.hooks.add_hook_to_module(module[0], accelerate.hooks.ModelHook())
+    return module
+
+
+def unhooked():
+    module = hooked()
+    accelerate.hooks.remove_hook_from_module(module[0])
+    assert "forward" in vars(module[0])
     return module
 
 
@@ -108,6 +116,7 @@ def pruned():
     [
         (pruned, ["2"]),
         (hooked, ["0"]),
+        (unhooked, ["0", "2"]),
         (odd_weights, []),
         (compiled, []),
         (lambda: nn.Sequential(Quantised(WIDTH, WIDTH)), []),

@@ -9,9 +9,15 @@ from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .onednn import is_plain_linear
+
 
 if TYPE_CHECKING:
     from .models import BackboneConfig
+
+
+# A context of up to so many tokens, as a share of a head's width: attention to it absorbs the layers around it.
+MOST_ABSORBED = 0.5
 
 
 def eager_attention_forward(
@@ -129,18 +135,38 @@ class ContextAttention(nn.Module):
         self.key_value = nn.Linear(context_dim, 2 * hidden_size)
         self.proj = ZeroLinear(hidden_size, hidden_size)
 
-    def read(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values: all that `forward` needs of a context, however often it is attended to.
+    def read(
+        self, context: torch.Tensor, attention_mask: torch.Tensor, absorb: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All that `forward` needs of a context, however often it is attended to.
+
+        The layers of queries and output can be absorbed into keys and values (as in DeepSeek-V2, arXiv:2405.04434,
+        section 2.1): (x W_q) k^T = x (W_q k^T), (p v) W_o = p (v W_o). For a context of few tokens that is fewer
+        products: they then have a column for each head and token instead of one for each number of the width.
 
         Args:
             context (`torch.Tensor` of shape `(batch, context_length, context_dim)`): the context.
+            attention_mask (`torch.Tensor` of shape `(batch, 1, 1, context_length)`): added to the scores.
+            absorb (`bool`, *optional*, defaults to `False`): absorb where that is quicker, and the layers are plain
+                ones: not adapted, quantised or offloaded. For many steps without dropout.
 
         Returns:
-            two `torch.Tensor` of shape `(batch, heads, context_length, head_dim)`.
+            three `torch.Tensor`: keys, values and what is added to the scores. Of shapes `(batch, heads,
+            context_length, head_dim)` twice and the mask's; absorbed, of shapes `(batch, heads * context_length,
+            hidden_size)` twice and `(batch, 1, heads * context_length)`.
         """
         states = self.key_value(context).unflatten(-1, (2, self.num_heads, -1))
         key, value = states.permute(2, 0, 3, 1, 4).unbind(0)
-        return key, value
+        layers = (self.query, self.proj)
+        absorb = absorb and key.shape[2] <= MOST_ABSORBED * key.shape[3] and all(map(is_plain_linear, layers))
+        if not absorb or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+            return key, value, attention_mask
+        # (heads, head_dim, D + 1): weight and bias of the queries; (heads, head_dim, D): weight of the output.
+        query = torch.cat([self.query.weight, self.query.bias[:, None]], 1).unflatten(0, (self.num_heads, -1))
+        proj = self.proj.weight.T.unflatten(0, (self.num_heads, -1))
+        key = (key * self.scaling) @ query
+        added = key[..., -1] + attention_mask[:, 0]
+        return key[..., :-1].flatten(1, 2), (value @ proj).flatten(1, 2), added.flatten(1)[:, None]
 
     def forward(
         self, hidden_states: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor
@@ -149,13 +175,18 @@ class ContextAttention(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`): input.
-            key (`torch.Tensor` of shape `(batch, heads, context_length, head_dim)`): from `read`.
-            value (`torch.Tensor` of the same shape): from `read`.
-            attention_mask (`torch.Tensor` of shape `(batch, 1, 1, context_length)`): added to the scores.
+            key (`torch.Tensor`): from `read`.
+            value (`torch.Tensor`): from `read`.
+            attention_mask (`torch.Tensor`): from `read`.
 
         Returns:
             `torch.Tensor` of shape `(batch, length, hidden_size)`.
         """
+        if key.ndim == 3:
+            scores = torch.baddbmm(attention_mask, hidden_states, key.transpose(1, 2))
+            scores = scores.unflatten(-1, (self.num_heads, -1))
+            probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+            return torch.baddbmm(self.proj.bias, probabilities.flatten(-2), value)
         query = self.query(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         output = attend(self, query, key, value, attention_mask)
         return self.proj(output.reshape(hidden_states.shape))

@@ -54,21 +54,48 @@ def _layers(module: nn.Module) -> list[nn.Linear]:
     if platform.machine() not in ("x86_64", "AMD64"):  # never tried on others
         return []
     modules = list(module.modules())
-    own = any("forward" in vars(part) or part._compiled_call_impl is not None for part in modules)
+    own = any(has_own_forward(part) or part._compiled_call_impl is not None for part in modules)
     if own or hasattr(module, "_orig_mod") or torch.is_autocast_enabled("cpu"):
         return []
     dtypes = {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
-    # Subclasses, such as quantised layers, may compute otherwise.
     return [
         part
         for part in modules
-        if isinstance(part, nn.Linear)
-        and type(part).forward is nn.Linear.forward
-        and "weight" in part._parameters  # pruning and parametrizations compute it in each call
-        and type(part.weight.data) is torch.Tensor  # torchao's weights are subclasses
-        and part.weight.device.type == "cpu"
-        and part.weight.dtype in dtypes
+        if is_plain_linear(part) and part.weight.device.type == "cpu" and part.weight.dtype in dtypes
     ]
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module has another `forward` than its class, such as accelerate's hooks.
+
+    Args:
+        module (`torch.nn.Module`): the module.
+
+    Returns:
+        `bool`. False also where hooks have been removed, which leaves a method behind.
+    """
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of which weight and bias say all.
+
+    Args:
+        module (`torch.nn.Module`): the module.
+
+    Returns:
+        `bool`. False for adapted, quantised, pruned and offloaded layers; True inside of [`onednn_linears`].
+    """
+    by_onednn = hasattr(vars(module).get("forward"), "by_onednn")
+    return (
+        isinstance(module, nn.Linear)
+        and type(module).forward is nn.Linear.forward  # subclasses may compute otherwise
+        and (by_onednn or not has_own_forward(module))
+        and "weight" in module._parameters  # pruning and parametrizations compute it in each call
+        and type(module.weight.data) is torch.Tensor  # torchao's weights are subclasses
+        and module.weight.device.type != "meta"  # to be loaded when called
+    )
 
 
 def _forward(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -89,4 +116,5 @@ def _forward(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, FEW_ROWS)
         return compute(hidden_states, packed, bias, "none", [], "")
 
+    forward.by_onednn = True
     return forward

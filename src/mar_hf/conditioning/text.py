@@ -141,11 +141,14 @@ class TextContext:
         prompt_embeds (`torch.Tensor` of shape `(batch, length, text_dim)`): the text encoder's states.
         prompt_attention_mask (`torch.Tensor` of shape `(batch, length)`): True or 1 for tokens, False or 0 for
             padding; a row without tokens is the null text.
+        absorb (`bool`, *optional*, defaults to `False`): keep it in the form that is quickest for many steps of
+            sampling ([`ContextAttention.read`]): the same up to rounding.
     """
 
-    def __init__(self, prompt_embeds: torch.Tensor, prompt_attention_mask: torch.Tensor):
+    def __init__(self, prompt_embeds: torch.Tensor, prompt_attention_mask: torch.Tensor, absorb: bool = False):
         self.prompt_embeds = prompt_embeds
         self.mask = prompt_attention_mask.bool()
+        self.absorb = absorb
         self._blocks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
 
     def read_by(
@@ -162,5 +165,5 @@ class TextContext:
         """
         if self._blocks is None:
             states, added = aligner(self.prompt_embeds, self.mask)
-            self._blocks = [(*block.context_attention.read(states), added) for block in blocks]
+            self._blocks = [block.context_attention.read(states, added, self.absorb) for block in blocks]
         return self._blocks

@@ -144,8 +144,8 @@ class PromptMixin:
             return None
         embeds, mask, negative_embeds, negative_mask = texts
         if not guided:
-            return TextContext(embeds, mask)
+            return TextContext(embeds, mask, absorb=True)
         length = max(embeds.shape[1], negative_embeds.shape[1])
         rows = [(embeds, mask), (negative_embeds.to(embeds.dtype), negative_mask)]
         padded = [(pad(one, (0, 0, 0, length - one.shape[1])), pad(m, (0, length - m.shape[1]))) for one, m in rows]
-        return TextContext(*(torch.cat(part) for part in zip(*padded, strict=True)))
+        return TextContext(*(torch.cat(part) for part in zip(*padded, strict=True)), absorb=True)
