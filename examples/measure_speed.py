@@ -39,10 +39,13 @@ from training_utils import make_accelerator, parse_arguments
 
 from mar_hf import MARPipeline, demo_checkpoint
 from mar_hf.cli import draw_grid, image_generator
+from mar_hf.generation import look_up
 
 
 TABLE = pathlib.Path(__file__).parent / "configs" / "speed.json"
-SCHEDULER = "scheduler"  # beside the arguments of the pipeline, the only key of a setting
+# Keys of a setting beside the arguments of the pipeline.
+SCHEDULER, DTYPE = "scheduler", "dtype"
+INT8 = "int8"
 
 
 @dataclass
@@ -72,8 +75,8 @@ def read_table(path: str, pipeline: MARPipeline) -> dict[str, dict[str, Any]]:
     """The settings to measure, all of them checked.
 
     Args:
-        path (`str`): of the JSON file: name -> arguments of the pipeline, and `scheduler`, the name of one of
-            diffusers.
+        path (`str`): of the JSON file: name -> arguments of the pipeline, `scheduler`, the name of one of diffusers,
+            and `dtype` of transformer and tokenizer, or `"int8"` for torchao's weights of the transformer.
         pipeline ([`MARPipeline`]): that has to take them.
 
     Returns:
@@ -110,12 +113,26 @@ def prepare(pipeline: MARPipeline, setting: dict[str, Any]) -> tuple[MARPipeline
         setting (`dict[str, Any]`): of the table.
 
     Returns:
-        `tuple`: a pipeline of the same parts with the setting's scheduler, and the arguments of its call.
+        `tuple`: a pipeline with the setting's scheduler and dtype, and the arguments of its call.
+
+    Raises:
+        ValueError: if there is no such scheduler or dtype, or no torchao for `"int8"`.
     """
     variant = copy.copy(pipeline)
     if SCHEDULER in setting:
         use_scheduler(variant, setting[SCHEDULER])
-    return variant, {name: value for name, value in setting.items() if name != SCHEDULER}
+    if setting.get(DTYPE) == INT8:
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        except ImportError as error:
+            raise ValueError('`dtype` "int8" needs torchao: pip install --no-deps torchao') from error
+        variant.transformer = copy.deepcopy(pipeline.transformer)
+        quantize_(variant.transformer, Int8WeightOnlyConfig())
+    elif DTYPE in setting:
+        dtype = look_up(DTYPES, setting[DTYPE], DTYPE)
+        variant.transformer = copy.deepcopy(pipeline.transformer).to(dtype)
+        variant.vae = copy.deepcopy(pipeline.vae).to(dtype)
+    return variant, {name: value for name, value in setting.items() if name not in (SCHEDULER, DTYPE)}
 
 
 def make_pictures(
@@ -180,8 +197,8 @@ def summarise(rounds: list[dict[str, Any]], table: dict[str, dict[str, Any]]) ->
     }
     defaults, points = next(iter(by_name.values())), []
     for name, own in by_name.items():
-        point = {"name": name, SCHEDULER: table[name].get(SCHEDULER)}
-        point["arguments"] = {key: value for key, value in table[name].items() if key != SCHEDULER}
+        point: dict[str, Any] = {"name": name, **{key: table[name].get(key) for key in (SCHEDULER, DTYPE)}}
+        point["arguments"] = {key: value for key, value in table[name].items() if key not in point}
         for key in ("seconds", "seconds_alone"):
             ratios = [default[key] / result[key] for default, result in zip(defaults, own, strict=True)]
             point[key] = statistics.median(result[key] for result in own)

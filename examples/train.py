@@ -210,6 +210,8 @@ def text_encoder_source(args: Arguments) -> str | None:
     """Folder or hub id of the text encoder; None where nobody names one."""
     if args.pretrained_text_encoder is not None or args.pretrained_model_name_or_path is None:
         return args.pretrained_text_encoder
+    if json.loads(args.model_config).get("text_dim", "as it is") is None:
+        return None
     index = MARPipeline.load_config(args.pretrained_model_name_or_path)
     return args.pretrained_model_name_or_path if (index.get("text_encoder") or [None])[0] else None
 

@@ -131,6 +131,24 @@ def test_pictures_are_those_of_the_setting():
     assert np.abs(found.permute(0, 2, 3, 1).numpy() - expected * 255).max() <= 0.51
 
 
+def test_a_setting_may_have_a_dtype_of_its_own(real, model, tmp_path):
+    measure_speed.main(arguments(real, model, tmp_path, {"defaults": {}, "half": {"dtype": "bfloat16"}}))
+    default, half = read(tmp_path)["points"]
+    assert (default["dtype"], half["dtype"], half["arguments"]) == (None, "bfloat16", {})
+    assert half["metrics"] != default["metrics"]
+    pipe = tiny_pipeline()
+    variant, _ = measure_speed.prepare(pipe, {"dtype": "float16"})
+    assert variant.dtype == variant.vae.dtype == torch.float16 and pipe.dtype == torch.float32
+
+
+def test_weights_in_8_bits():
+    quantization = pytest.importorskip("torchao.quantization")
+    pipe = MARPipeline.from_pretrained(demo_checkpoint())
+    variant, _ = measure_speed.prepare(pipe, {"dtype": "int8"})
+    kinds = [type(model.model.decoder_layers[0].mlp.fc1.weight) for model in (variant.transformer, pipe.transformer)]
+    assert issubclass(kinds[0], quantization.Int8Tensor) and kinds[1] is torch.nn.Parameter
+
+
 def test_a_model_without_classes(real, tmp_path):
     tiny_pipeline(transformer=tiny_transformer(num_classes=1), id2label=None).save_pretrained(tmp_path / "model")
     measure_speed.main(arguments(real, str(tmp_path / "model"), tmp_path))
@@ -162,10 +180,20 @@ def test_the_curve_of_given_rounds():
     assert text.splitlines()[3] == "| fast | 2 | 3.00 | 2 | 1.00 | 11 ± 1 | -0.5 | 0.5 |"
 
 
-def test_the_model_in_the_package_takes_the_table():
+def test_without_torchao_its_weights_are_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ValueError, match='`dtype` "int8" needs torchao: pip install'):
+        measure_speed.prepare(tiny_pipeline(), {"dtype": "int8"})
+
+
+def test_the_model_in_the_package_takes_the_tables(monkeypatch):
     pipe = MARPipeline.from_pretrained(demo_checkpoint())
     table = measure_speed.read_table(str(measure_speed.TABLE), pipe)
     assert next(iter(table.values())) == {} and len(table) > 20
+    precision = json.loads(measure_speed.TABLE.with_name("precision.json").read_text(encoding="utf-8"))
+    del precision["int8 weights"]  # torchao may not be there
+    for setting in precision.values():
+        measure_speed.prepare(pipe, setting)
     assert isinstance(pipe.scheduler, TokenDDPMScheduler)
 
 
@@ -187,6 +215,7 @@ def test_the_model_in_the_package_takes_the_table():
             "'fast': `scheduler` has to be one of diffusers.*got 'Fast'",
         ),
         ({"defaults": {}, "fast": {"scheduler": "UniPCMultistepScheduler"}}, "'fast': UniPCMultistepScheduler"),
+        ({"defaults": {}, "fast": {"dtype": "int7"}}, "'fast': `dtype` has to be one of .*got 'int7'"),
     ],
 )
 def test_tables_that_can_not_be_measured(real, model, tmp_path, table, message):

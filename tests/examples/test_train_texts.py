@@ -173,6 +173,24 @@ def test_a_model_may_know_texts_alone(captioned, encoder, tmp_path, sizes):
         pipe(class_labels=[0])
 
 
+@pytest.mark.parametrize("sizes", [TEXT_SIZES, CAUSAL], ids=["mar", "ar"])
+def test_a_model_of_texts_becomes_one_of_classes(captioned, encoder, tmp_path, sizes):
+    settings = text_settings(encoder, model_config=json.dumps(sizes), ignore_classes=True, generation_defaults="{}")
+    source = run(captioned, tmp_path / "texts", max_train_steps=1, **settings) / "pipeline"
+    forget_accelerate()
+    settings = {"pretrained_model_name_or_path": str(source), "model_config": json.dumps({"text_dim": None})}
+    folder = run(captioned, tmp_path / "classes", max_train_steps=1, learning_rate=0.0, **settings)
+    pipe = MARPipeline.from_pretrained(folder / "pipeline")
+    assert pipe.text_encoder is None and pipe.transformer.config.text_dim is None
+    assert pipe.labels.keys() == CAPTIONS.keys()
+    old, new = (load_file(path / "transformer" / "model.safetensors") for path in (source, folder / "pipeline"))
+    table = "model.class_embedding.weight"
+    # What is not about texts is kept, and classes start as no class, the only row that there was.
+    assert {name for name in old if "text_aligner" not in name and "context_" not in name} == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in new if name != table)
+    assert torch.equal(new[table], old[table].expand(4, -1))
+
+
 def test_data_without_captions_is_refused(trained, tmp_path, encoder):
     pictures = write_pictures(tmp_path / "plain", ["cat", "dog"], 4)
     with pytest.raises(ValueError, match="has no captions: no column 'text'"):
