@@ -12,18 +12,24 @@ from snippets import ROOT
 pytestmark = pytest.mark.slow
 
 
-def test_it_measures_both_models_and_keeps_a_record(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("sampled", ["0", "1"])
+def test_it_measures_both_models_and_keeps_a_record(tmp_path, monkeypatch, capsys, sampled):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location("benchmark_text", ROOT / "benchmarks" / "text.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    words = ["--layers", "1", "--text-encoder", "small", "--text-tokens", "3", "--repeats", "1"]
+    words = ["--layers", "1", "--text-encoder", "small", "--text-tokens", "3", "7", "--repeats", "1"]
     words += ["--num-inference-steps", "2", "--num-diffusion-steps", "2", "--output", str(tmp_path / "r.jsonl")]
-    benchmark.main(words)
+    benchmark.main([*words, "--sampled-steps", sampled])
     record = json.loads((tmp_path / "r.jsonl").read_text())
-    seconds = record["seconds"]
-    assert all(value > 0 for value in seconds.values())
-    once = sum(seconds[part] for part in benchmark.PARTS)
-    assert once + record["cross-attention"] == pytest.approx(seconds["with texts"] - seconds["without texts"])
-    assert record["parameters"]["with"] > record["parameters"]["without"]
-    assert f"| with texts | {seconds['with texts']:.3f} | 100.0% |" in capsys.readouterr().out
+    assert record["seconds"] > 0 and [text["tokens"] for text in record["texts"]] == [3, 7]
+    for text in record["texts"]:
+        once = [text[part] for part in benchmark.PARTS]
+        assert min(once) > 0
+        assert sum(once) + text["cross-attention"] == pytest.approx(text["added"])
+        (call,) = record["calls"][str(text["tokens"])]
+        assert call == pytest.approx(record["seconds"] + text["added"])
+    assert record["parameters"][1] > record["parameters"][0]
+    printed = capsys.readouterr().out
+    assert f"{record['seconds']:.2f} s without texts" in printed and "\n| 7 | " in printed
+    assert ("of the steps measured" in printed) == (sampled == "1")
