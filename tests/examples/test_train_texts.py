@@ -179,7 +179,8 @@ def test_a_model_of_texts_becomes_one_of_classes(captioned, encoder, tmp_path, s
     source = run(captioned, tmp_path / "texts", max_train_steps=1, **settings) / "pipeline"
     forget_accelerate()
     settings = {"pretrained_model_name_or_path": str(source), "model_config": json.dumps({"text_dim": None})}
-    folder = run(captioned, tmp_path / "classes", max_train_steps=1, learning_rate=0.0, **settings)
+    settings |= {"generation_defaults": "{}", "learning_rate": 0.0}
+    folder = run(captioned, tmp_path / "classes", max_train_steps=1, **settings)
     pipe = MARPipeline.from_pretrained(folder / "pipeline")
     assert pipe.text_encoder is None and pipe.transformer.config.text_dim is None
     assert pipe.labels.keys() == CAPTIONS.keys()

@@ -2,8 +2,9 @@
 """MAR's token head: a small MLP that denoises one token, conditioned on the backbone's output."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -328,7 +329,7 @@ class DiffusionHead(TokenHead):
         ahead, modulations = self._steps_ahead(embedding), []
         for step, timestep in enumerate(timesteps):
             if step % ahead == 0:
-                modulations = self._modulate(time_embeddings[step : step + ahead] + embedding)
+                modulations = list(self._modulate(time_embeddings[step : step + ahead] + embedding))
             model_input = scheduler.scale_model_input(sample, timestep)
             output = self._denoise(
                 torch.cat([model_input] * 2) if guided else model_input,
@@ -361,7 +362,7 @@ class DiffusionHead(TokenHead):
         vars(self).pop("_denoise", None)  # of an earlier call
         compiled = torch.compile(self._denoise, **kwargs)
 
-        def denoise(noisy_tokens: torch.Tensor, modulations: Sequence[torch.Tensor]) -> torch.Tensor:
+        def denoise(noisy_tokens: torch.Tensor, modulations: Iterable[torch.Tensor]) -> torch.Tensor:
             # Plain rows in memory of their own: what is compiled then fits any number of tokens.
             output = compiled(noisy_tokens.flatten(0, -2), torch.stack(list(modulations)).flatten(1, -2))
             # A copy, because the next replay of a CUDA graph writes to the same memory.
@@ -388,17 +389,20 @@ class DiffusionHead(TokenHead):
         parts = 3 * len(self.blocks) + 2
         return max(1, MODULATION_BYTES // (parts * max(1, embedding.numel()) * embedding.element_size()))
 
-    def _modulate(self, embedding: torch.Tensor) -> list[torch.Tensor]:
+    def _modulate(self, embedding: torch.Tensor) -> Iterator[torch.Tensor]:
         """What the sum of the time's and the condition's embedding does: shift, 1 + scale and gate of each block, then
-        shift and 1 + scale of the output."""
+        shift and 1 + scale of the output. One after the other, so that the backward pass frees each with its block."""
         embedding = nn.functional.silu(embedding)
+        for block in self.blocks:
+            yield from block.modulate(embedding)
         shift, scale = self.out_modulation(embedding).chunk(2, dim=-1)
-        return [*(part for block in self.blocks for part in block.modulate(embedding)), shift, 1 + scale]
+        yield from (shift, 1 + scale)
 
-    def _denoise(self, noisy_tokens: torch.Tensor, modulations: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _denoise(self, noisy_tokens: torch.Tensor, modulations: Iterable[torch.Tensor]) -> torch.Tensor:
         """The MLP, modulated."""
-        *parts, shift, scale = modulations
+        modulations = iter(modulations)
         hidden_states = self.token_proj(noisy_tokens.to(self.token_proj.weight.dtype))
-        for index, block in enumerate(self.blocks):
-            hidden_states = block.update(hidden_states, *parts[3 * index : 3 * index + 3])
+        for block in self.blocks:
+            hidden_states = block.update(hidden_states, *islice(modulations, 3))
+        shift, scale = modulations
         return self.out_proj(torch.addcmul(shift, self.out_norm(hidden_states), scale))
