@@ -99,7 +99,7 @@ def test_a_context_is_read_once_for_sequences_of_any_length(length):
 def test_a_short_context_absorbs_the_layers_around_it():
     module, (states, context, added) = make(), inputs(length=8)
     read = module.read(context, added, absorb=True)
-    assert [part.shape for part in read] == [(3, 16, 32), (3, 16, 32), (3, 1, 16)]
+    assert [part.shape for part in read[:3]] == [(3, 16, 32), (3, 16, 32), (3, 1, 16)] and read[3] is None
     calls = []
     for layer in (module.query, module.proj):
         layer.register_forward_hook(lambda *_: calls.append(1))
@@ -109,9 +109,31 @@ def test_a_short_context_absorbs_the_layers_around_it():
     for length, absorb in ((9, True), (8, False)):
         _, context, added = inputs(length=length)
         read = module.read(context, added, absorb)
-        assert [part.shape for part in read] == [(3, 2, length, 16), (3, 2, length, 16), (3, 1, 1, length)]
+        assert [part.shape for part in read[:3]] == [(3, 2, length, 16), (3, 2, length, 16), (3, 1, 1, length)]
     found = module(states, *read)
     assert relative_error(found, absorbed) < 1e-5 and not torch.equal(found, absorbed) and calls == [1, 1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", WIDTHS)
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_rows_that_see_one_token_are_no_work(attention, length):
+    module, (states, context, added) = make(attention), inputs(length=length)
+    order = [0, 2, 1]  # the row of one token comes last
+    states, context, added = states[order], context[order], added[order]
+    expected = module(states, *module.read(context, added))
+    key, value, mask, constant = module.read(context, added, length < 12, num_single=1)
+    assert len(key) == len(value) == len(mask) == 2 and constant.shape == (1, 1, 32)
+    assert relative_error(module(states, key, value, mask, constant), expected) < 1e-5
+    assert relative_error(constant[0].expand(7, -1), expected[2]) < 1e-5
+    # Wherever the one token is.
+    constant = module.read(context.flip(1), added.flip(-1), num_single=1)[3]
+    assert relative_error(constant[0].expand(7, -1), expected[2]) < 1e-5
+    # Two rows of one token each.
+    context, added = context[[0, 2, 2]].clone(), added[[0, 2, 2]]
+    context[1] += 1
+    expected = module(states, *module.read(context, added))
+    assert relative_error(module(states, *module.read(context, added, num_single=2)), expected) < 1e-5
 
 
 @torch.no_grad()
@@ -205,7 +227,7 @@ def test_dropout_of_the_probabilities_is_for_training_only(attention):
         found = attend(module.train(), states, context, added)
     # One token, whose probability is 1, is dropped or counts twice: for each head and query.
     heads = module.proj.weight.T.unflatten(0, (2, 16))
-    _, value, _ = module.read(context, added)
+    value = module.read(context, added)[1]
     parts = torch.einsum("hd,hdo->ho", value[1, :, 0], heads)
     sums = torch.stack([a * parts[0] + b * parts[1] for a in (0, 2) for b in (0, 2)]) + module.proj.bias
     distance = (found[1][:, None] - sums).abs().amax(-1)
@@ -238,9 +260,9 @@ def test_fresh_blocks_of_a_model_add_exactly_nothing(backbone):
     for layer in blocks:
         states, (_, _, added) = inputs()[0], inputs()
         context = 100 * torch.randn(*added.shape[::3], 32, generator=seeded(2))
-        key, value, added = layer.context_attention.read(context, added)
+        key, value, *rest = layer.context_attention.read(context, added)
         assert key.abs().max() > 1 and value.abs().max() > 1
-        assert torch.equal(layer(states, context=(key, value, added)), layer(states))
+        assert torch.equal(layer(states, context=(key, value, *rest)), layer(states))
 
 
 def test_a_fresh_block_learns_to_attend():

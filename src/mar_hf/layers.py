@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # A context of up to so many tokens, as a share of a head's width: attention to it absorbs the layers around it.
 MOST_ABSORBED = 0.5
+# What attention needs of a context: `ContextAttention.read` says more.
+ContextStates = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def eager_attention_forward(
@@ -136,8 +138,8 @@ class ContextAttention(nn.Module):
         self.proj = ZeroLinear(hidden_size, hidden_size)
 
     def read(
-        self, context: torch.Tensor, attention_mask: torch.Tensor, absorb: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, context: torch.Tensor, attention_mask: torch.Tensor, absorb: bool = False, num_single: int = 0
+    ) -> ContextStates:
         """All that `forward` needs of a context, however often it is attended to.
 
         The layers of queries and output can be absorbed into keys and values (as in DeepSeek-V2, arXiv:2405.04434,
@@ -149,27 +151,41 @@ class ContextAttention(nn.Module):
             attention_mask (`torch.Tensor` of shape `(batch, 1, 1, context_length)`): added to the scores.
             absorb (`bool`, *optional*, defaults to `False`): absorb where that is quicker, and the layers are plain
                 ones: not adapted, quantised or offloaded. For many steps without dropout.
+            num_single (`int`, *optional*, defaults to 0): rows at the end in which one token alone is seen. It has all
+                of the attention whatever the queries are, so what these rows get is computed here. Without dropout.
 
         Returns:
-            three `torch.Tensor`: keys, values and what is added to the scores. Of shapes `(batch, heads,
-            context_length, head_dim)` twice and the mask's; absorbed, of shapes `(batch, heads * context_length,
-            hidden_size)` twice and `(batch, 1, heads * context_length)`.
+            four `torch.Tensor`: keys, values and what is added to the scores, of the rows before; what the rows at the
+            end get, of shape `(num_single, 1, hidden_size)`, None where there are none. The first three are of shapes
+            `(rows, heads, context_length, head_dim)` twice and the mask's; absorbed, of shapes `(rows, heads *
+            context_length, hidden_size)` twice and `(rows, 1, heads * context_length)`.
         """
         states = self.key_value(context).unflatten(-1, (2, self.num_heads, -1))
         key, value = states.permute(2, 0, 3, 1, 4).unbind(0)
+        constant = None
+        if num_single:
+            rows = torch.arange(len(context) - num_single, len(context), device=context.device)
+            seen = attention_mask[rows, 0, 0].argmax(-1)  # 0 is added where something is seen
+            constant = self.proj(value[rows, :, seen].flatten(1)[:, None])
+            key, value, attention_mask = (part[:-num_single] for part in (key, value, attention_mask))
         layers = (self.query, self.proj)
         absorb = absorb and key.shape[2] <= MOST_ABSORBED * key.shape[3] and all(map(is_plain_linear, layers))
         if not absorb or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
-            return key, value, attention_mask
+            return key, value, attention_mask, constant
         # (heads, head_dim, D + 1): weight and bias of the queries; (heads, head_dim, D): weight of the output.
         query = torch.cat([self.query.weight, self.query.bias[:, None]], 1).unflatten(0, (self.num_heads, -1))
         proj = self.proj.weight.T.unflatten(0, (self.num_heads, -1))
         key = (key * self.scaling) @ query
         added = key[..., -1] + attention_mask[:, 0]
-        return key[..., :-1].flatten(1, 2), (value @ proj).flatten(1, 2), added.flatten(1)[:, None]
+        return key[..., :-1].flatten(1, 2), (value @ proj).flatten(1, 2), added.flatten(1)[:, None], constant
 
     def forward(
-        self, hidden_states: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor,
+        constant: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend.
 
@@ -178,18 +194,20 @@ class ContextAttention(nn.Module):
             key (`torch.Tensor`): from `read`.
             value (`torch.Tensor`): from `read`.
             attention_mask (`torch.Tensor`): from `read`.
+            constant (`torch.Tensor`, *optional*): from `read`.
 
         Returns:
             `torch.Tensor` of shape `(batch, length, hidden_size)`.
         """
+        inputs = hidden_states[: len(key)]
         if key.ndim == 3:
-            scores = torch.baddbmm(attention_mask, hidden_states, key.transpose(1, 2))
-            scores = scores.unflatten(-1, (self.num_heads, -1))
+            scores = torch.baddbmm(attention_mask, inputs, key.transpose(1, 2)).unflatten(-1, (self.num_heads, -1))
             probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-            return torch.baddbmm(self.proj.bias, probabilities.flatten(-2), value)
-        query = self.query(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        output = attend(self, query, key, value, attention_mask)
-        return self.proj(output.reshape(hidden_states.shape))
+            output = torch.baddbmm(self.proj.bias, probabilities.flatten(-2), value)
+        else:
+            query = self.query(inputs).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            output = self.proj(attend(self, query, key, value, attention_mask).flatten(-2))
+        return output if constant is None else torch.cat([output, constant.expand(-1, output.shape[1], -1)])
 
 
 def attend(
@@ -312,7 +330,7 @@ class BackboneLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        context: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+        context: ContextStates | None = None,
         wanted: torch.Tensor | None = None,
         **attention_inputs: Any,
     ) -> torch.Tensor:
@@ -320,8 +338,8 @@ class BackboneLayer(GradientCheckpointingLayer):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`): input.
-            context (three `torch.Tensor`, *optional*): keys, values and mask for [`ContextAttention`]; None for blocks
-                without a context.
+            context (four `torch.Tensor`, *optional*): from `read` of [`ContextAttention`]; None for blocks without a
+                context.
             wanted (`torch.Tensor` of shape `(batch, wanted)`, *optional*): int64, places in the sequence whose output
                 is needed, where it is not that of all: the others are only attended to.
             attention_inputs (`Any`): for [`BackboneAttention`].

@@ -206,6 +206,24 @@ def test_texts_are_read_once_for_all_forwards(backbone):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("backbone", MODELS)
+@pytest.mark.parametrize(
+    ("lengths", "left"), [((5, 0, 3), 3), ((5, 0, 1), 1), ((0, 5, 0), 2), ((0, 0, 0), 1), ((1, 1, 2), 3)]
+)
+def test_null_texts_at_the_end_are_read_and_no_more(backbone, lengths, left):
+    model, given = tiny_model(backbone, **TEXT), inputs(backbone, len(lengths))
+    embeds = states(len(lengths))
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    context = TextContext(embeds, mask, absorb=True)
+    found = model(**given, text_context=context).condition
+    expected = model(**given, text_context=TextContext(embeds, mask)).condition
+    assert relative_error(found, expected) < 1e-5
+    blocks = [module for module in model.modules() if hasattr(module, "context_attention")]
+    read = context.read_by(model.model.text_aligner, blocks)
+    assert [len(key) for key, *_ in read] == [left] * len(blocks)
+
+
+@torch.no_grad()
 def test_masks_of_texts_may_be_numbers():
     model, given = tiny_model(**TEXT), inputs("mar")
     expected = model(**given, text_context=TextContext(states(), MASK)).condition

@@ -10,7 +10,7 @@ from huggingface_hub import file_exists
 from torch import nn
 from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..layers import BackboneLayer
+from ..layers import BackboneLayer, ContextStates
 
 
 if TYPE_CHECKING:
@@ -142,18 +142,17 @@ class TextContext:
         prompt_attention_mask (`torch.Tensor` of shape `(batch, length)`): True or 1 for tokens, False or 0 for
             padding; a row without tokens is the null text.
         absorb (`bool`, *optional*, defaults to `False`): keep it in the form that is quickest for many steps of
-            sampling ([`ContextAttention.read`]): the same up to rounding.
+            sampling, and attend to the null texts at the end once for all of them ([`ContextAttention.read`]): the
+            same up to rounding.
     """
 
     def __init__(self, prompt_embeds: torch.Tensor, prompt_attention_mask: torch.Tensor, absorb: bool = False):
         self.prompt_embeds = prompt_embeds
         self.mask = prompt_attention_mask.bool()
         self.absorb = absorb
-        self._blocks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
+        self._blocks: list[ContextStates] | None = None
 
-    def read_by(
-        self, aligner: TextAligner, blocks: list[BackboneLayer]
-    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def read_by(self, aligner: TextAligner, blocks: list[BackboneLayer]) -> list[ContextStates]:
         """What each block attends to; computed at the first call only.
 
         Args:
@@ -161,9 +160,13 @@ class TextContext:
             blocks (`list[BackboneLayer]`): its blocks, always the same.
 
         Returns:
-            `list[tuple]`, one entry a block: keys, values and mask for [`ContextAttention`].
+            `list[tuple]`, one entry a block: what [`ContextAttention`] needs of the texts.
         """
         if self._blocks is None:
             states, added = aligner(self.prompt_embeds, self.mask)
-            self._blocks = [block.context_attention.read(states, added, self.absorb) for block in blocks]
+            single = 0
+            if self.absorb:
+                # The null texts of guidance, which come last. One row at least is left.
+                single = int((self.mask[1:].sum(1) <= 1).flip(0).cumprod(0).sum())
+            self._blocks = [block.context_attention.read(states, added, self.absorb, single) for block in blocks]
         return self._blocks
