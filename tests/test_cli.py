@@ -158,6 +158,20 @@ def test_a_grid_of_small_pictures_is_enlarged():
     assert grid.width < 400
 
 
+def test_many_rows_stand_in_blocks_side_by_side():
+    colours = [(index, 0, 0) for index in range(35)]
+    images = [Image.new("RGB", (96, 96), colour) for colour in colours for _ in range(2)]
+    grid = draw_grid(images, [f"name {index}" for index in range(35)])
+    width, step = grid.width // 3, CELL + 4
+    assert grid.height == 12 * step + 4
+    for index, colour in enumerate(colours):
+        block, row = divmod(index, 12)
+        for column in range(2):
+            right = (block + 1) * width - (1 - column) * step - 10
+            assert grid.getpixel((right, 10 + row * step)) == colour
+    assert grid.getpixel((grid.width - 10, grid.height - 10)) == (255, 255, 255), "35 names leave one place"
+
+
 def test_names_are_written_in_full_on_three_lines():
     def ink(*names):
         labels = draw_grid([Image.new("RGB", (96, 96), "white")] * len(names), names)

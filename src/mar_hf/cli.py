@@ -34,6 +34,7 @@ from .tokenizers import ImageTokenizer, ImageTokenizerConfig
 
 
 FEW_CLASSES = 40
+MAX_ROWS = 16  # of a grid; more go into blocks side by side
 CELL = 96  # smaller pictures are enlarged to at least this in the grid, by whole factors
 SETTINGS = ("num_inference_steps", "num_diffusion_steps", "guidance_scale", "temperature")
 
@@ -260,7 +261,7 @@ def image_generator(seed: int, label: int | str, number: int) -> torch.Generator
 
 
 def draw_grid(images: Sequence[Image.Image], names: Sequence[str]) -> Image.Image:
-    """One row of pictures for each name, with the name before it.
+    """One row of pictures for each name, with the name before it; many rows stand in blocks side by side.
 
     Args:
         images (`Sequence[PIL.Image.Image]`): all of one size, row after row, as many for every name.
@@ -270,20 +271,22 @@ def draw_grid(images: Sequence[Image.Image], names: Sequence[str]) -> Image.Imag
         `PIL.Image.Image`: RGB. Small pictures are enlarged by a whole factor, without smoothing.
     """
     gap, columns = 4, len(images) // len(names)
+    blocks = -(-len(names) // MAX_ROWS)
+    rows = -(-len(names) // blocks)
     factor = max(1, -(-CELL // images[0].width))
     width, height = images[0].width * factor, images[0].height * factor
     font = ImageFont.load_default(size=16)
     texts = [textwrap.fill(name, 28, max_lines=3, placeholder="...") for name in names]
     left = max(round(font.getlength(line)) for text in texts for line in text.split("\n")) + 4 * gap
-    size = (left + columns * (width + gap), len(names) * (height + gap) + gap)
-    grid = Image.new("RGB", size, "white")
+    block = left + columns * (width + gap)
+    grid = Image.new("RGB", (blocks * block, rows * (height + gap) + gap), "white")
     draw = ImageDraw.Draw(grid)
-    for row, text in enumerate(texts):
-        top = gap + row * (height + gap)
-        draw.text((left - 2 * gap, top + height // 2), text, fill="black", font=font, anchor="rm", align="right")
-        for column, image in enumerate(images[row * columns : (row + 1) * columns]):
+    for index, text in enumerate(texts):
+        start, top = index // rows * block + left, gap + index % rows * (height + gap)
+        draw.text((start - 2 * gap, top + height // 2), text, fill="black", font=font, anchor="rm", align="right")
+        for column, image in enumerate(images[index * columns : (index + 1) * columns]):
             enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-            grid.paste(enlarged, (left + column * (width + gap), top))
+            grid.paste(enlarged, (start + column * (width + gap), top))
     return grid
 
 
