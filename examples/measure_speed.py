@@ -121,17 +121,18 @@ def prepare(pipeline: MARPipeline, setting: dict[str, Any]) -> tuple[MARPipeline
     variant = copy.copy(pipeline)
     if SCHEDULER in setting:
         use_scheduler(variant, setting[SCHEDULER])
-    if setting.get(DTYPE) == INT8:
-        try:
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
-        except ImportError as error:
-            raise ValueError('`dtype` "int8" needs torchao: pip install --no-deps torchao') from error
+    if DTYPE in setting:
+        dtype = look_up({**DTYPES, INT8: INT8}, setting[DTYPE], DTYPE)
         variant.transformer = copy.deepcopy(pipeline.transformer)
-        quantize_(variant.transformer, Int8WeightOnlyConfig())
-    elif DTYPE in setting:
-        dtype = look_up(DTYPES, setting[DTYPE], DTYPE)
-        variant.transformer = copy.deepcopy(pipeline.transformer).to(dtype)
-        variant.vae = copy.deepcopy(pipeline.vae).to(dtype)
+        if dtype == INT8:
+            try:
+                from torchao.quantization import Int8WeightOnlyConfig, quantize_
+            except ImportError as error:
+                raise ValueError('`dtype` "int8" needs torchao: pip install --no-deps torchao') from error
+            quantize_(variant.transformer, Int8WeightOnlyConfig())
+        else:
+            variant.transformer.to(dtype)
+            variant.vae = copy.deepcopy(pipeline.vae).to(dtype)
     return variant, {name: value for name, value in setting.items() if name not in (SCHEDULER, DTYPE)}
 
 

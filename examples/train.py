@@ -266,8 +266,11 @@ def build_model(
 ) -> PreTrainedModel:
     """A backbone with its head: with random weights, or those of the pipeline that is fine-tuned."""
     settings = json.loads(args.model_config)
-    if text_dim is not None:
-        settings["text_dim"] = text_dim
+    if text_dim is not None and settings.setdefault("text_dim", text_dim) != text_dim:
+        raise ValueError(
+            f"`model_config` has the `text_dim` {settings['text_dim']}, but the texts of the data are states of "
+            f"{text_dim} numbers: leave one of them out."
+        )
     num_classes = count_classes(names, settings)
     if args.pretrained_model_name_or_path is not None:
         return fine_tuned_model(args, settings, names)
@@ -319,16 +322,11 @@ def load_weights(model_class: type[PreTrainedModel], source: str, config: PreTra
     old = type(config).from_pretrained(source, subfolder="transformer")
     if (config.text_dim is None) == (old.text_dim is None):
         return model_class.from_pretrained(source, **settings)
-    if config.text_dim is None:
-        weights = model_class.from_pretrained(source, **{**settings, "config": old}).state_dict()
-        model = model_class(config)
-        model.load_state_dict({name: tensor for name, tensor in weights.items() if not TEXT_PARTS.search(name)})
-        return model
     model, report = model_class.from_pretrained(
         source, **settings, output_loading_info=True, ignore_mismatched_sizes=True
     )
-    missing = {name for name in report["missing_keys"] if not TEXT_PARTS.search(name)}
-    if wrong := sorted([*missing, *report["unexpected_keys"], *(key for key, *_ in report["mismatched_keys"])]):
+    names = {*report["missing_keys"], *report["unexpected_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    if wrong := sorted(name for name in names if not TEXT_PARTS.search(name)):
         raise ValueError(f"The weights of {source} do not fit its configuration: {', '.join(wrong)}.")
     return model
 

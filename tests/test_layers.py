@@ -6,6 +6,7 @@ import torch
 from torch.nn.utils.prune import random_unstructured
 
 from common import MODELS, randomise, relative_error, seeded, tiny_config
+from mar_hf import layers
 from mar_hf.layers import BackboneLayer, ContextAttention
 
 
@@ -112,6 +113,16 @@ def test_a_short_context_absorbs_the_layers_around_it():
         assert [part.shape for part in read[:3]] == [(3, 2, length, 16), (3, 2, length, 16), (3, 1, 1, length)]
     found = module(states, *read)
     assert relative_error(found, absorbed) < 1e-5 and not torch.equal(found, absorbed) and calls == [1, 1]
+
+
+@torch.no_grad()
+def test_what_is_absorbed_has_a_memory_bound(monkeypatch):
+    module, (_, context, added) = make(), inputs(length=8)
+    absorbed = module.read(context, added, absorb=True)
+    size = sum(part.nbytes for part in absorbed[:2])
+    for bound, dims in ((size, 3), (size - 1, 4)):
+        monkeypatch.setattr(layers, "ABSORBED_BYTES", bound)
+        assert module.read(context, added, absorb=True)[0].ndim == dims
 
 
 @torch.no_grad()

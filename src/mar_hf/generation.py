@@ -424,6 +424,6 @@ def look_up(table: dict[str, Any], name: str, argument: str) -> Any:
     Raises:
         ValueError: if the table has no such name; lists those it has.
     """
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"`{argument}` has to be one of {sorted(table)}, got {name!r}.")
     return table[name]

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from .models import BackboneConfig
 
 
-# A context of up to so many tokens, as a share of a head's width: attention to it absorbs the layers around it.
+# Attention to a context absorbs the layers around it up to these limits: tokens of the context, as a share of a head's
+# width; and memory for the keys and values of a block, which are as wide as the block for each head.
 MOST_ABSORBED = 0.5
+ABSORBED_BYTES = 16 * 2**20
 # What attention needs of a context: `ContextAttention.read` says more.
 ContextStates = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -149,8 +151,9 @@ class ContextAttention(nn.Module):
         Args:
             context (`torch.Tensor` of shape `(batch, context_length, context_dim)`): the context.
             attention_mask (`torch.Tensor` of shape `(batch, 1, 1, context_length)`): added to the scores.
-            absorb (`bool`, *optional*, defaults to `False`): absorb where that is quicker, and the layers are plain
-                ones: not adapted, quantised or offloaded. For many steps without dropout.
+            absorb (`bool`, *optional*, defaults to `False`): absorb if the context is short, the batch small and the
+                layers plain ones: not adapted, quantised or offloaded. Quicker for many steps of long sequences,
+                which then have no dropout.
             num_single (`int`, *optional*, defaults to 0): rows at the end in which one token alone is seen. It has all
                 of the attention whatever the queries are, so what these rows get is computed here. Without dropout.
 
@@ -169,15 +172,23 @@ class ContextAttention(nn.Module):
             constant = self.proj(value[rows, :, seen].flatten(1)[:, None])
             key, value, attention_mask = (part[:-num_single] for part in (key, value, attention_mask))
         layers = (self.query, self.proj)
-        absorb = absorb and key.shape[2] <= MOST_ABSORBED * key.shape[3] and all(map(is_plain_linear, layers))
-        if not absorb or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+        heads, length, head_dim = key.shape[1:]
+        short = length <= MOST_ABSORBED * head_dim and 2 * heads * key.nbytes <= ABSORBED_BYTES
+        plain = all(is_plain_linear(one) and not (one._forward_hooks or one._forward_pre_hooks) for one in layers)
+        if not (absorb and short and plain):
             return key, value, attention_mask, constant
         # (heads, head_dim, D + 1): weight and bias of the queries; (heads, head_dim, D): weight of the output.
-        query = torch.cat([self.query.weight, self.query.bias[:, None]], 1).unflatten(0, (self.num_heads, -1))
-        proj = self.proj.weight.T.unflatten(0, (self.num_heads, -1))
+        query = torch.cat([self.query.weight, self.query.bias[:, None]], 1).unflatten(0, (heads, head_dim))
+        proj = self.proj.weight.T.unflatten(0, (heads, head_dim))
         key = (key * self.scaling) @ query
         added = key[..., -1] + attention_mask[:, 0]
-        return key[..., :-1].flatten(1, 2), (value @ proj).flatten(1, 2), added.flatten(1)[:, None], constant
+        # A copy: rows of D + 1 numbers, read as rows of D, take twice as long in bfloat16.
+        return (
+            key[..., :-1].flatten(1, 2).contiguous(),
+            (value @ proj).flatten(1, 2),
+            added.flatten(1)[:, None],
+            constant,
+        )
 
     def forward(
         self,

@@ -206,15 +206,16 @@ def test_texts_are_read_once_for_all_forwards(backbone):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("absorb", [False, True])
 @pytest.mark.parametrize("backbone", MODELS)
 @pytest.mark.parametrize(
     ("lengths", "left"), [((5, 0, 3), 3), ((5, 0, 1), 1), ((0, 5, 0), 2), ((0, 0, 0), 1), ((1, 1, 2), 3)]
 )
-def test_null_texts_at_the_end_are_read_and_no_more(backbone, lengths, left):
+def test_null_texts_at_the_end_are_read_and_no_more(backbone, absorb, lengths, left):
     model, given = tiny_model(backbone, **TEXT), inputs(backbone, len(lengths))
     embeds = states(len(lengths))
     mask = torch.arange(5) < torch.tensor(lengths)[:, None]
-    context = TextContext(embeds, mask, absorb=True)
+    context = TextContext(embeds, mask, sampling=True, absorb=absorb)
     found = model(**given, text_context=context).condition
     expected = model(**given, text_context=TextContext(embeds, mask)).condition
     assert relative_error(found, expected) < 1e-5

@@ -186,15 +186,16 @@ def test_without_torchao_its_weights_are_refused(monkeypatch):
         measure_speed.prepare(tiny_pipeline(), {"dtype": "int8"})
 
 
-def test_the_model_in_the_package_takes_the_tables(monkeypatch):
+def test_the_model_in_the_package_takes_the_tables(tmp_path):
     pipe = MARPipeline.from_pretrained(demo_checkpoint())
     table = measure_speed.read_table(str(measure_speed.TABLE), pipe)
     assert next(iter(table.values())) == {} and len(table) > 20
     precision = json.loads(measure_speed.TABLE.with_name("precision.json").read_text(encoding="utf-8"))
-    del precision["int8 weights"]  # torchao may not be there
-    for setting in precision.values():
-        measure_speed.prepare(pipe, setting)
-    assert isinstance(pipe.scheduler, TokenDDPMScheduler)
+    assert precision.pop("int8 weights") == {"dtype": "int8"}  # torchao may not be there
+    path = tmp_path / "precision.json"
+    path.write_text(json.dumps(precision), encoding="utf-8")
+    assert measure_speed.read_table(str(path), pipe) == precision
+    assert isinstance(pipe.scheduler, TokenDDPMScheduler) and pipe.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,8 @@ def test_the_model_in_the_package_takes_the_tables(monkeypatch):
             "'fast': `scheduler` has to be one of diffusers.*got 'Fast'",
         ),
         ({"defaults": {}, "fast": {"scheduler": "UniPCMultistepScheduler"}}, "'fast': UniPCMultistepScheduler"),
-        ({"defaults": {}, "fast": {"dtype": "int7"}}, "'fast': `dtype` has to be one of .*got 'int7'"),
+        ({"defaults": {}, "fast": {"dtype": "int7"}}, "'fast': `dtype` has to be one of .*'int8'.*got 'int7'"),
+        ({"defaults": {}, "fast": {"dtype": ["int8"]}}, r"'fast': `dtype` has to be one of .*got \['int8'\]"),
     ],
 )
 def test_tables_that_can_not_be_measured(real, model, tmp_path, table, message):

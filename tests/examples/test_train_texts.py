@@ -192,6 +192,22 @@ def test_a_model_of_texts_becomes_one_of_classes(captioned, encoder, tmp_path, s
     assert torch.equal(new[table], old[table].expand(4, -1))
 
 
+@pytest.mark.parametrize("text_dim", [None, TEXT_DIM + 1])
+def test_texts_need_their_own_text_dim(captioned, encoder, tmp_path, text_dim):
+    sizes = json.dumps({**TEXT_SIZES, "text_dim": text_dim})
+    with pytest.raises(ValueError, match=f"has the `text_dim` {text_dim}, .* states of {TEXT_DIM} numbers"):
+        run(captioned, tmp_path, **text_settings(encoder, model_config=sizes))
+    forget_accelerate()
+
+
+def test_other_sizes_than_those_of_the_model_that_is_fine_tuned_are_refused(trained, captioned, tmp_path):
+    settings = {"pretrained_model_name_or_path": str(trained / "pipeline")}
+    settings["model_config"] = json.dumps({"text_dim": None, "mlp_ratio": 2.0})
+    with pytest.raises(ValueError, match=r"do not fit its configuration: .*mlp\.fc1"):
+        run(captioned, tmp_path, **settings)
+    forget_accelerate()
+
+
 def test_data_without_captions_is_refused(trained, tmp_path, encoder):
     pictures = write_pictures(tmp_path / "plain", ["cat", "dog"], 4)
     with pytest.raises(ValueError, match="has no captions: no column 'text'"):

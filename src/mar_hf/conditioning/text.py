@@ -141,14 +141,22 @@ class TextContext:
         prompt_embeds (`torch.Tensor` of shape `(batch, length, text_dim)`): the text encoder's states.
         prompt_attention_mask (`torch.Tensor` of shape `(batch, length)`): True or 1 for tokens, False or 0 for
             padding; a row without tokens is the null text.
-        absorb (`bool`, *optional*, defaults to `False`): keep it in the form that is quickest for many steps of
-            sampling, and attend to the null texts at the end once for all of them ([`ContextAttention.read`]): the
-            same up to rounding.
+        sampling (`bool`, *optional*, defaults to `False`): for steps without dropout: null texts at the end are
+            attended to once for all of them ([`ContextAttention.read`]). The same up to rounding.
+        absorb (`bool`, *optional*, defaults to `False`): for many steps of long sequences, likewise: short texts
+            absorb the layers of queries and output.
     """
 
-    def __init__(self, prompt_embeds: torch.Tensor, prompt_attention_mask: torch.Tensor, absorb: bool = False):
+    def __init__(
+        self,
+        prompt_embeds: torch.Tensor,
+        prompt_attention_mask: torch.Tensor,
+        sampling: bool = False,
+        absorb: bool = False,
+    ):
         self.prompt_embeds = prompt_embeds
         self.mask = prompt_attention_mask.bool()
+        self.sampling = sampling
         self.absorb = absorb
         self._blocks: list[ContextStates] | None = None
 
@@ -164,9 +172,7 @@ class TextContext:
         """
         if self._blocks is None:
             states, added = aligner(self.prompt_embeds, self.mask)
-            single = 0
-            if self.absorb:
-                # The null texts of guidance, which come last. One row at least is left.
-                single = int((self.mask[1:].sum(1) <= 1).flip(0).cumprod(0).sum())
+            # The null texts of guidance, which come last. One row at least is left.
+            single = int((self.mask[1:].sum(1) <= 1).flip(0).cumprod(0).sum()) if self.sampling else 0
             self._blocks = [block.context_attention.read(states, added, self.absorb, single) for block in blocks]
         return self._blocks

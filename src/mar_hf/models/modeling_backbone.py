@@ -11,7 +11,7 @@ from transformers import initialization as init
 from ..conditioning import TextContext
 from ..generation import GENERATION_ORDERS
 from ..heads import TOKEN_HEADS
-from ..layers import BackboneLayer, ZeroLinear
+from ..layers import BackboneLayer, ContextStates, ZeroLinear
 from ..loading import StrictLoadingMixin
 from ..utils import draw
 from .configuration_backbone import BackboneConfig
@@ -93,7 +93,7 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
         prompt_attention_mask: torch.Tensor | None,
         text_context: TextContext | None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None], torch.Tensor | None]:
+    ) -> tuple[list[ContextStates | None], torch.Tensor | None]:
         """What each block attends to, with the null text for None and, in training, for a share of the texts.
 
         Args:

@@ -143,9 +143,11 @@ class PromptMixin:
         if texts is None:
             return None
         embeds, mask, negative_embeds, negative_mask = texts
+        # Causal models see few tokens a step: there one large product with the weights is quicker.
+        form = {"sampling": True, "absorb": self.transformer.make_cache([1]) is None}
         if not guided:
-            return TextContext(embeds, mask, absorb=True)
+            return TextContext(embeds, mask, **form)
         length = max(embeds.shape[1], negative_embeds.shape[1])
         rows = [(embeds, mask), (negative_embeds.to(embeds.dtype), negative_mask)]
         padded = [(pad(one, (0, 0, 0, length - one.shape[1])), pad(m, (0, length - m.shape[1]))) for one, m in rows]
-        return TextContext(*(torch.cat(part) for part in zip(*padded, strict=True)), absorb=True)
+        return TextContext(*(torch.cat(part) for part in zip(*padded, strict=True)), **form)
