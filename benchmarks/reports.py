@@ -48,7 +48,8 @@ def table(result: dict[str, Any]) -> str:
         calls, memory = side["seconds_per_call"], side["memory_mb"]
         kind = "calls" if side["whole_calls"] else "estimates"
         held = "" if memory is None else f"; memory above what was held before {memory:,.0f} MB"
-        lines.append(f"{name}: {len(calls)} {kind} of {min(calls):.3f} to {max(calls):.3f} s{held}")
+        first = "" if side["warm_up"] is None else f", after a first that took {side['warm_up']:.1f} s longer"
+        lines.append(f"{name}: {len(calls)} {kind} of {min(calls):.3f} to {max(calls):.3f} s{first}{held}")
     if result["difference"] is not None:
         lines.append(_difference(result["difference"]))
     if "ratio" in result:

@@ -125,6 +125,8 @@ def test_our_pipeline_can_be_compiled(measure):
     words = ["--sampled-steps", "2", "--repeats", "1", "--compile", '{"backend": "eager"}']
     [record], printed = measure(*words)
     assert record["compile"] == {"backend": "eager"} and record["difference"]["ours"] < 1e-4
+    assert record["sides"]["ours"]["warm_up"] > 0
+    assert any(line.startswith("ours: ") and ", after a first that took " in line for line in printed)
     assert printed[-1].startswith("ratio ")
 
 

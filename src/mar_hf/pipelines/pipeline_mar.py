@@ -575,8 +575,8 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
     def compile(self, **kwargs: Any) -> "MARPipeline":
         """Compile the transformer's blocks and the head's denoising step, for any number of tokens.
 
-        The first call afterwards takes as long as compiling does. On a CPU eager layers by oneDNN are as fast; see
-        `docs/speed.md`.
+        The first call afterwards takes as long as compiling does. On a CPU the layers by oneDNN are about as fast
+        without it; see `docs/speed.md`.
 
         Args:
             kwargs (`Any`): for `torch.compile`: `mode="reduce-overhead"` replays the head's step as CUDA graphs.
