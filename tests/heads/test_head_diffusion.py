@@ -301,6 +301,39 @@ def test_guidance_of_one_is_none(scheduler):
     assert relative_error(sample(negative_condition=negative, guidance_scale=0.0, temperature=0.0), unguided) < 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("refresh", [2, 3, 8, 20])
+def test_refreshed_guidance_keeps_what_the_condition_changes(refresh, scheduler, monkeypatch):
+    head, (condition, negative), scale, steps = tiny_head(), conditions(), 2.5, 8
+    settings = {"condition": condition, "negative_condition": negative, "guidance_scale": scale, "num_steps": steps}
+    noise = torch.randn(2, 3, steps + 1, TOKEN_DIM, generator=seeded(1))
+    rows, found = [], []
+    head.token_proj.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    # Modulations of one step at a time, and of all: the same up to rounding.
+    for bound in (1, 2**24):
+        monkeypatch.setattr("mar_hf.heads.head_diffusion.MODULATION_BYTES", bound)
+        found.append(head.sample(**settings, scheduler=scheduler, noise=noise, guidance_refresh=refresh))
+    assert rows == 2 * [2 if step % refresh else 4 for step in range(steps)]
+    scheduler.set_timesteps(steps)
+    state = noise[:, :, 0].flatten(0, 1)
+    for step, t in enumerate(scheduler.timesteps):
+        epsilon, logits = head(state, t.repeat(6), condition.flatten(0, 1)).chunk(2, -1)
+        if step % refresh == 0:
+            change = epsilon - head(state, t.repeat(6), negative.flatten(0, 1)).chunk(2, -1)[0]
+        output = torch.cat([epsilon + (scale - 1) * change, logits], -1)
+        state = scheduler.step(output, t, state, 1.0, noise[:, :, step + 1].flatten(0, 1)).prev_sample
+    for tokens in found:
+        assert relative_error(tokens.flatten(0, 1), state) < 1e-4
+
+
+@torch.no_grad()
+def test_refreshed_guidance_without_guidance_is_nothing(scheduler):
+    head, (condition, _) = tiny_head(), conditions()
+    settings = {"condition": condition, "scheduler": scheduler, "num_steps": 6}
+    expected = head.sample(generator=seeded(1), **settings)
+    assert torch.equal(head.sample(generator=seeded(1), guidance_refresh=4, **settings), expected)
+
+
 # Randomness
 
 

@@ -195,7 +195,9 @@ def test_saved_steps_of_more_tokens_than_the_causal_model_predicts():
 @pytest.mark.parametrize(
     "head_type, head_kwargs, fragments",
     [
-        ("diffusion", {"top_k": 5}, ["['top_k']"]),
+        ("diffusion", {"top_k": 5}, ["guidance_refresh", "got ['top_k']"]),
+        ("diffusion", {"guidance_refresh": 0}, ["`guidance_refresh` of the head", "from 1 on", "got 0"]),
+        ("diffusion", {"guidance_refresh": 2.0}, ["`guidance_refresh` of the head", "from 1 on", "got 2.0"]),
         ("categorical", {"top_q": 5}, ["top_k and top_p", "got ['top_q']"]),
         ("categorical", {"top_k": 9}, ["`top_k`", "from 1 to 8", "got 9"]),
         ("categorical", {"top_p": 0}, ["`top_p`", "(0, 1]", "got 0"]),

@@ -157,14 +157,18 @@ class DiffusionHead(TokenHead):
         Args:
             scheduler (`SchedulerMixin`): the candidate.
             temperature (`float`, *optional*, defaults to 1.0): only [`TokenDDPMScheduler`] has others.
-            head_kwargs (`object`): this head knows none.
+            head_kwargs (`object`): `guidance_refresh`, see `sample`.
 
         Raises:
             ValueError: if it does not predict epsilon, takes no generator, has another kind of noise schedule, needs
-                the variance in a layout of its own, or can't apply the temperature; if `head_kwargs` holds anything.
+                the variance in a layout of its own, or can't apply the temperature; if `head_kwargs` holds anything
+                else, or no integer from 1 on.
         """
-        if head_kwargs:
-            raise ValueError(f"The diffusion head has no settings {sorted(head_kwargs)}.")
+        if head_kwargs.keys() - {"guidance_refresh"}:
+            raise ValueError(f"The diffusion head's settings are guidance_refresh, got {sorted(head_kwargs)}.")
+        refresh = head_kwargs.get("guidance_refresh", 1)
+        if not isinstance(refresh, int) or refresh < 1:
+            raise ValueError(f"`guidance_refresh` of the head has to be an integer from 1 on, got {refresh!r}.")
         if isinstance(scheduler, TokenDDPMScheduler):
             return
         name, config = type(scheduler).__name__, scheduler.config
@@ -298,14 +302,16 @@ class DiffusionHead(TokenHead):
             noise (`torch.Tensor` of shape `(batch, num_tokens, steps + 1, token_dim)`, *optional*): entry 0 is the
                 start, entry 1 + s is injected at step s (by TokenDDPMScheduler only); at least `num_steps + 1`.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the noise, where none is given.
-            head_kwargs (`object`): this head knows none.
+            head_kwargs (`object`): `guidance_refresh` (`int`, 1 by default): guided steps for which the unconditional
+                branch is computed once: what it changes in epsilon is kept for the steps after it, as in the head of
+                LazyMAR's code (arXiv:2503.12450).
 
         Returns:
             `torch.Tensor` of shape `(batch, num_tokens, token_dim)`: float32.
 
         Raises:
             ValueError: if `guidance_scale` is not 1.0 without `negative_condition`, or the scheduler, the negative
-                condition, the noise or the number of generators does not fit; if `head_kwargs` holds anything.
+                condition, the noise or the number of generators does not fit; if `head_kwargs` has other settings.
         """
         self.check_scheduler(scheduler, temperature, **head_kwargs)
         check_sampling_inputs(
@@ -326,20 +332,23 @@ class DiffusionHead(TokenHead):
         sample = sample * scheduler.init_noise_sigma
         # As numbers where that is enough: our scheduler has them on the CPU, and the device need not be waited for.
         timesteps = scheduler.timesteps.tolist() if own else scheduler.timesteps
-        ahead, modulations = self._steps_ahead(embedding), []
+        # The unconditional branch takes part in every `refresh`th step.
+        refresh = head_kwargs.get("guidance_refresh", 1) if guided else 1
+        full_steps = self._modulations(time_embeddings[::refresh], embedding)
+        others = [time_embeddings[step + 1 : step + refresh] for step in range(0, len(timesteps), refresh)]
+        lazy_steps = self._modulations(torch.cat(others), embedding[:batch])
         for step, timestep in enumerate(timesteps):
-            if step % ahead == 0:
-                modulations = list(self._modulate(time_embeddings[step : step + ahead] + embedding))
             model_input = scheduler.scale_model_input(sample, timestep)
-            output = self._denoise(
-                torch.cat([model_input] * 2) if guided else model_input,
-                [modulation[step % ahead] for modulation in modulations],
-            )
-            output = output.float()
+            full = step % refresh == 0
+            rows = torch.cat([model_input] * 2) if guided and full else model_input
+            output = self._denoise(rows, next(full_steps if full else lazy_steps)).float()
             if guided:
-                output, unconditional = output.chunk(2)
-                epsilon, variance = output.chunk(2, dim=-1)
-                unconditional = unconditional.chunk(2, dim=-1)[0]
+                epsilon, variance = output[:batch].chunk(2, dim=-1)
+                if full:
+                    unconditional = output[batch:].chunk(2, dim=-1)[0]
+                    change = unconditional - epsilon
+                else:
+                    unconditional = epsilon + change  # of the last full step
                 output = torch.cat([unconditional + guidance_scale * (epsilon - unconditional), variance], -1)
             if own:
                 injected = None if noise is None else noise[:, :, step + 1]
@@ -384,10 +393,14 @@ class DiffusionHead(TokenHead):
     def _embed_condition(self, condition: torch.Tensor) -> torch.Tensor:
         return self.condition_proj(condition.to(self.condition_proj.weight.dtype))
 
-    def _steps_ahead(self, embedding: torch.Tensor) -> int:
-        """How many steps' modulations `sample` computes at once: as many as the memory bound allows, at least one."""
+    def _modulations(self, time_embeddings: torch.Tensor, embedding: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+        """The modulations of one step after the other, from the embeddings of the times (S, 1, 1, w) and of the
+        conditions (B, K, w). Those of as many steps as the memory bound allows are computed at once, at least one."""
         parts = 3 * len(self.blocks) + 2
-        return max(1, MODULATION_BYTES // (parts * max(1, embedding.numel()) * embedding.element_size()))
+        ahead = max(1, MODULATION_BYTES // (parts * max(1, embedding.numel()) * embedding.element_size()))
+        for some in time_embeddings.split(ahead):
+            computed = list(self._modulate(some + embedding))
+            yield from ([modulation[step] for modulation in computed] for step in range(len(some)))
 
     def _modulate(self, embedding: torch.Tensor) -> Iterator[torch.Tensor]:
         """What the sum of the time's and the condition's embedding does: shift, 1 + scale and gate of each block, then

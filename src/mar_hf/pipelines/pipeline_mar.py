@@ -410,8 +410,8 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
                 entry 0 starts the head for the token at that position, entry 1 + s is injected at its step s.
             context_noise (`float`, *optional*): share of noise mixed into the tokens that the backbone sees, for
                 models trained with some; 0.0 means none.
-            head_kwargs (`dict`, *optional*): further arguments of the head's `sample`, such as `top_k` and `top_p` of
-                a categorical head.
+            head_kwargs (`dict`, *optional*): further arguments of the head's `sample`: `top_k` and `top_p` of a
+                categorical head, `guidance_refresh` of the diffusion head.
             guidance_interval (`tuple[float, float]`, *optional*): shares of the autoregressive steps between which
                 there is guidance (arXiv:2404.07724); outside of it the unconditional branch is not computed.
             guidance_refresh (`int`, *optional*): guided steps for which one pass of the backbone without the class
