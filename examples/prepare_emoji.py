@@ -212,12 +212,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--npz", help="take the pictures from this file instead of the npm packages")
     parser.add_argument("--size", type=int, default=32, help="side in pixels (default 32)")
     parser.add_argument("--classes", nargs="+", choices=CLASSES, metavar="NAME", help="default: all 35 classes")
+    parser.add_argument("--max-per-class", type=int, metavar="N", help="the first N of a class, in Unicode's order")
     parser.add_argument("--skin-tones", action="store_true", help="also the skin-tone variants")
     parser.add_argument("--captions", action="store_true", help="also captions, in a new folder")
     parser.add_argument(
         "--hold-out", type=float, default=0.0, metavar="SHARE", help="of all (role, gender, tone), kept in `test`"
     )
     args = parser.parse_args()
+    if args.max_per_class is not None and args.max_per_class < 1:
+        raise ValueError(f"`--max-per-class` has to be at least 1, got {args.max_per_class}.")
     if not 0 <= args.hold_out <= 0.5:
         raise ValueError(f"`--hold-out` has to lie in [0, 0.5], got {args.hold_out}.")
     if args.hold_out and not (args.captions and args.skin_tones):
@@ -234,6 +237,9 @@ def main() -> None:
     emoji = emoji_from_npz(args.npz, args.captions) if args.npz else emoji_from_packages(args.captions)
     emoji = [one for one in emoji if args.skin_tones or not one.toned]
     emoji = [one for one in emoji if not args.classes or one.label in args.classes]
+    if args.max_per_class:
+        by_class = itertools.groupby(sorted(emoji, key=lambda one: one.label), key=lambda one: one.label)
+        emoji = [one for _, group in by_class for one in itertools.islice(group, args.max_per_class)]
     people = find_people(emoji)
     held_out = choose_held_out(people, args.hold_out)
     if args.hold_out and not held_out:

@@ -8,11 +8,14 @@ from torch import nn
 from torch.nn.utils import prune
 
 from common import randomise, relative_error, seeded
-from mar_hf.onednn import FEW_ROWS, onednn_linears
+from mar_hf.onednn import TYPICAL_ROWS, apply_activated, onednn_linears
 from tiny_pipelines import tiny_pipeline
 
 
 WIDTH = 512  # of matrices that are large enough to be replaced
+
+
+ACTIVATIONS = [nn.functional.gelu, nn.functional.silu, nn.functional.relu]
 
 
 def model():
@@ -25,7 +28,7 @@ def replaced(module):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("shape", [(1,), (3, 4), (FEW_ROWS,), (2, FEW_ROWS), (0,)])
+@pytest.mark.parametrize("shape", [(1,), (3, 4), (TYPICAL_ROWS,), (2, TYPICAL_ROWS), (0,)])
 def test_the_numbers_are_the_same(shape, dtype, limit):
     module, states = model().to(dtype), torch.randn(*shape, WIDTH, generator=seeded(1)).to(dtype)
     expected = module(states)
@@ -33,6 +36,28 @@ def test_the_numbers_are_the_same(shape, dtype, limit):
         found = module(states), module(states)
     assert expected.numel() == 0 or all(relative_error(again.float(), expected.float()) < limit for again in found)
     assert found[0].shape == expected.shape and found[0].dtype == dtype
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rows", [1, 2 * TYPICAL_ROWS])
+def test_activations_are_the_same(rows, activation):
+    module, states = model()[0], torch.randn(rows, WIDTH, generator=seeded(1))
+    expected = activation(module(states))
+    assert torch.equal(apply_activated(module, states, activation), expected)
+    with onednn_linears(module):
+        assert relative_error(apply_activated(module, states, activation), expected) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_hooks_see_has_no_activation(activation):
+    module, states, seen = model()[0], torch.randn(3, WIDTH, generator=seeded(1)), []
+    expected = module(states)
+    module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with onednn_linears(module):
+        apply_activated(module, states, activation)
+    assert len(seen) == 1 and relative_error(seen[0], expected) < 1e-5
 
 
 @torch.no_grad()
@@ -138,11 +163,15 @@ def test_autocast_keeps_its_own_dtypes():
 
 def test_gradients_inside_are_those_outside():
     module, states = model(), torch.randn(3, WIDTH, generator=seeded(1))
-    module(states).sum().backward()
-    expected = [parameter.grad.clone() for parameter in module.parameters()]
-    module.zero_grad()
+
+    def backward():
+        module.zero_grad()
+        (module(states).sum() + apply_activated(module[0], states, nn.functional.silu).sum()).backward()
+        return [parameter.grad.clone() for parameter in module.parameters()]
+
+    expected = backward()
     with onednn_linears(module):
-        module(states).sum().backward()
+        backward()
     for parameter, gradient in zip(module.parameters(), expected, strict=True):
         assert relative_error(parameter.grad, gradient) < 1e-5
 

@@ -9,7 +9,7 @@ from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .onednn import is_plain_linear
+from .onednn import apply_activated, is_plain_linear
 
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ class BackboneMLP(nn.Module):
         Returns:
             `torch.Tensor` of the same shape.
         """
-        return self.fc2(self.dropout(nn.functional.gelu(self.fc1(hidden_states))))
+        return self.fc2(self.dropout(apply_activated(self.fc1, hidden_states, nn.functional.gelu)))
 
 
 class BackboneLayer(GradientCheckpointingLayer):

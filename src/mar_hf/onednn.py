@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 
-# Up to so many rows a copy of the weights in the layout of oneDNN halves the time; beyond, it does not matter.
-FEW_ROWS = 64
+# For which weights are laid out. The layout serves other numbers of rows as well.
+TYPICAL_ROWS = 64
 # Below so many multiplications the call itself takes longer than it saves.
 FEW_PRODUCTS = 2**19
+# What oneDNN applies to what it has just computed: its name and variant.
+ACTIVATIONS = {nn.functional.gelu: ("gelu", "none"), nn.functional.silu: ("swish", "")}
 
 
 @contextmanager
@@ -20,8 +22,8 @@ def onednn_linears(module: nn.Module) -> Iterator[None]:
     """Let the linear layers of a model compute by oneDNN: the same sums in another order, about twice as fast.
 
     MKL, which torch takes otherwise, leaves half of an AMD CPU's vector units idle and streams weights slowly for a
-    few rows. Weights that meet few rows are copied once into oneDNN's layout, and dropped at the end: nothing can be
-    out of date when the model is trained in between.
+    few rows. Each weight is copied into oneDNN's layout when it is first used, and the copy dropped at the end: that
+    takes as much memory as the weights, and nothing can be out of date when the model is trained in between.
 
     Nothing happens on other devices and processors than x86, in other dtypes than float32 and bfloat16, under
     autocast, in models that are compiled or whose modules have a `forward` of their own (accelerate's hooks), in
@@ -98,23 +100,42 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
-def _forward(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`nn.Linear.forward`, by oneDNN where that is faster."""
+def apply_activated(
+    layer: nn.Module, hidden_states: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """A layer and the activation after it; in one go inside of [`onednn_linears`].
+
+    Args:
+        layer (`torch.nn.Module`): a linear layer, or what has been put in its place.
+        hidden_states (`torch.Tensor` of shape `(..., in_features)`): input.
+        activation (`Callable`): one of `torch.nn.functional`.
+
+    Returns:
+        `torch.Tensor` of shape `(..., out_features)`.
+    """
+    if activation in ACTIVATIONS and hasattr(layer.forward, "by_onednn") and not layer._forward_hooks:
+        return layer(hidden_states, activation=activation)  # hooks before it keep it as a keyword
+    return activation(layer(hidden_states))
+
+
+def _forward(layer: nn.Linear) -> Callable[..., torch.Tensor]:
+    """`nn.Linear.forward`, by oneDNN where that is faster, with an activation after it if one is given."""
     compute, weight, bias = torch.ops.mkldnn._linear_pointwise.default, layer.weight, layer.bias
     packed = None
 
-    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(
+        hidden_states: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
         nonlocal packed
-        if torch.is_grad_enabled():  # oneDNN's operator would cut the graph
-            return nn.functional.linear(hidden_states, weight, bias)
-        rows = hidden_states.numel() // weight.shape[1]
-        if rows * weight.numel() < FEW_PRODUCTS or hidden_states.dtype != weight.dtype:
-            return nn.functional.linear(hidden_states, weight, bias)
-        if rows > FEW_ROWS:
-            return compute(hidden_states, weight, bias, "none", [], "")
+        few = hidden_states.numel() * len(weight) < FEW_PRODUCTS
+        # oneDNN's operator would cut the graph of gradients.
+        if few or hidden_states.dtype != weight.dtype or torch.is_grad_enabled():
+            output = nn.functional.linear(hidden_states, weight, bias)
+            return output if activation is None else activation(output)
         if packed is None:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, FEW_ROWS)
-        return compute(hidden_states, packed, bias, "none", [], "")
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
+        name, variant = ("none", "") if activation is None else ACTIVATIONS[activation]
+        return compute(hidden_states, packed, bias, name, [], variant)
 
     forward.by_onednn = True
     return forward

@@ -7,6 +7,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from transformers import initialization as init
 
+from ..onednn import apply_activated
 from ..tokenizers import ImageTokenizer
 from .head_base import TokenHead, check_sampling_inputs, masked_rows
 
@@ -34,7 +35,8 @@ class CategoricalHeadBlock(nn.Module):
         Returns:
             `torch.Tensor` of shape `(..., hidden_size)`.
         """
-        return hidden_states + self.linear_2(nn.functional.silu(self.linear_1(self.norm(hidden_states))))
+        update = apply_activated(self.linear_1, self.norm(hidden_states), nn.functional.silu)
+        return hidden_states + self.linear_2(update)
 
 
 class CategoricalHead(TokenHead):

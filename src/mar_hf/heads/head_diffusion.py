@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
+from ..onednn import apply_activated
 from ..schedulers import TokenDDPMScheduler
 from ..utils import check_generator, draw
 from .head_base import TokenHead, check_sampling_inputs, masked_rows
@@ -69,8 +70,9 @@ class DiffusionHeadBlock(nn.Module):
         Returns:
             `torch.Tensor` of the same shape.
         """
-        update = self.linear_1(torch.addcmul(shift, self.norm(hidden_states), scale))
-        return torch.addcmul(hidden_states, gate, self.linear_2(nn.functional.silu(update)))
+        update = torch.addcmul(shift, self.norm(hidden_states), scale)
+        update = apply_activated(self.linear_1, update, nn.functional.silu)
+        return torch.addcmul(hidden_states, gate, self.linear_2(update))
 
 
 class DiffusionHead(TokenHead):
