@@ -261,3 +261,22 @@ def test_names_are_not_fetched_without_captions(tmp_path, monkeypatch, npm):
     prepare(monkeypatch, tmp_path / "out")
     assert npm.read_text().splitlines() == ["emoji-datasource-google@16.0.0"]
     assert sorted(path.name for path in (tmp_path / "out").rglob("*.png")) == ["1F44B.png", "2601-FE0F.png"]
+
+
+def test_only_the_first_of_a_class_are_kept_if_asked(tmp_path, monkeypatch, npz):
+    prepare(monkeypatch, tmp_path / "all", "--npz", npz, "--skin-tones", "--size", 8)
+    prepare(monkeypatch, tmp_path / "few", "--npz", npz, "--skin-tones", "--size", 8, "--max-per-class", 2)
+    every, few = (
+        {
+            folder.name: sorted(path.name for path in folder.iterdir())
+            for folder in (tmp_path / name / "train").iterdir()
+        }
+        for name in ("all", "few")
+    )
+    assert few == {label: names[:2] for label, names in every.items()}  # here, names count up in Unicode's order
+    assert max(map(len, every.values())) > 2
+
+
+def test_an_empty_selection_is_refused(tmp_path, monkeypatch, npz):
+    with pytest.raises(ValueError, match="--max-per-class"):
+        prepare(monkeypatch, tmp_path / "out", "--npz", npz, "--max-per-class", 0)

@@ -407,6 +407,16 @@ def test_several_classes_at_once(pipe):
         assert torch.equal(latents(pipe, labels, generator=seeds(0, 1, 2)), expected)
 
 
+def test_numbers_of_numpy_are_numbers(pipe):
+    whole = {"num_inference_steps": 3, "num_diffusion_steps": 4, "guidance_refresh": 1}
+    real = {"guidance_scale": 2.0, "temperature": 0.5, "context_noise": 0.25}
+    expected = latents(pipe, 1, generator=seeds(0), guidance_interval=[0.0, 0.75], **whole, **real)
+    settings = {name: np.int64(value) for name, value in whole.items()}
+    settings |= {name: np.float32(value) for name, value in real.items()}
+    settings["guidance_interval"] = list(np.float32([0.0, 0.75]))
+    assert torch.equal(latents(pipe, 1, generator=seeds(0), **settings), expected)
+
+
 def test_labels_are_numbers_by_name(pipe):
     assert pipe.labels == {"heart": 0, "cat, kitten": 1, "cat": 1, "kitten": 1, "clock": 2}
     assert tiny_pipeline(id2label=None).labels == {}

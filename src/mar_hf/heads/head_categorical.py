@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A token head for discrete tokenizers: softmax over the codebook, trained by cross-entropy."""
 
+from numbers import Integral, Real
+
 import torch
 from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -139,9 +141,9 @@ class CategoricalHead(TokenHead):
         if head_kwargs.keys() - {"top_k", "top_p"}:
             raise ValueError(f"The categorical head has the settings top_k and top_p, got {sorted(head_kwargs)}.")
         top_k, top_p = head_kwargs.get("top_k"), head_kwargs.get("top_p")
-        if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= self.num_codes):
+        if top_k is not None and not (isinstance(top_k, Integral) and 1 <= top_k <= self.num_codes):
             raise ValueError(f"`top_k` has to be a whole number from 1 to {self.num_codes}, got {top_k}.")
-        if top_p is not None and not (isinstance(top_p, (int, float)) and 0 < top_p <= 1):
+        if top_p is not None and not (isinstance(top_p, Real) and 0 < top_p <= 1):
             raise ValueError(f"`top_p` has to lie in (0, 1], got {top_p}.")
         if not temperature >= 0:
             raise ValueError(f"`temperature` has to be at least 0, got {temperature}.")

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ class DiffusionHead(TokenHead):
         if head_kwargs.keys() - {"guidance_refresh"}:
             raise ValueError(f"The diffusion head's settings are guidance_refresh, got {sorted(head_kwargs)}.")
         refresh = head_kwargs.get("guidance_refresh", 1)
-        if not isinstance(refresh, int) or refresh < 1:
+        if not isinstance(refresh, Integral) or refresh < 1:
             raise ValueError(f"`guidance_refresh` of the head has to be an integer from 1 on, got {refresh!r}.")
         if isinstance(scheduler, TokenDDPMScheduler):
             return

@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -210,14 +211,14 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
             )
         labels = [label for label in labels for _ in range(num_images_per_prompt)]
         steps = settings["num_inference_steps"]
-        if not isinstance(steps, int) or not 1 <= steps <= config.num_tokens:
+        if not isinstance(steps, Integral) or not 1 <= steps <= config.num_tokens:
             raise ValueError(f"`num_inference_steps` has to lie in 1..{config.num_tokens} (the tokens), got {steps}.")
         head_steps = settings["num_diffusion_steps"]
-        if not isinstance(head_steps, int) or not 1 <= head_steps <= self.scheduler.config.num_train_timesteps:
+        if not isinstance(head_steps, Integral) or not 1 <= head_steps <= self.scheduler.config.num_train_timesteps:
             limit = self.scheduler.config.num_train_timesteps
             raise ValueError(f"`num_diffusion_steps` has to lie in 1..{limit}, got {head_steps}.")
         for name in ("guidance_scale", "temperature"):
-            if not isinstance(settings[name], (int, float)) or not math.isfinite(settings[name]):
+            if not isinstance(settings[name], Real) or not math.isfinite(settings[name]):
                 raise ValueError(f"`{name}` has to be a finite number, got {settings[name]!r}.")
         if settings["temperature"] < 0:
             raise ValueError(f"`temperature` has to be at least 0, got {settings['temperature']}.")
@@ -228,7 +229,7 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         self._check_guidance(settings)
         self._check_order(settings["generation_order"], len(labels))
         level = settings["context_noise"]
-        if not isinstance(level, (int, float)) or not 0 <= level <= 1:
+        if not isinstance(level, Real) or not 0 <= level <= 1:
             raise ValueError(f"`context_noise` has to lie in [0, 1], got {level!r}.")
         head_kwargs = {} if settings["head_kwargs"] is None else settings["head_kwargs"]
         if not isinstance(head_kwargs, dict):
@@ -277,13 +278,13 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
 
     def _check_guidance(self, settings: dict[str, Any]) -> None:
         interval, refresh = settings["guidance_interval"], settings["guidance_refresh"]
-        numbers = isinstance(interval, (list, tuple)) and all(isinstance(end, (int, float)) for end in interval)
+        numbers = isinstance(interval, (list, tuple)) and all(isinstance(end, Real) for end in interval)
         if not numbers or len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
             raise ValueError(
                 f"`guidance_interval` has to be two numbers, 0 <= start < end <= 1, got {interval!r}; "
                 "`guidance_scale=1.0` is no guidance."
             )
-        if not isinstance(refresh, int) or refresh < 1:
+        if not isinstance(refresh, Integral) or refresh < 1:
             raise ValueError(f"`guidance_refresh` has to be an integer from 1 on, got {refresh!r}.")
         if refresh > 1 and self.transformer.make_cache([1]) is not None:
             raise ValueError(

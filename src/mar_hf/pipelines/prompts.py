@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts in a pipeline: from words to what the transformer attends to."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class PromptMixin:
         if config.text_dim is None:
             raise ValueError("`prompt` needs a model that takes texts; this one knows classes only.")
         limit = config.num_text_tokens if max_sequence_length is None else max_sequence_length
-        if not isinstance(limit, int) or not 1 <= limit <= config.num_text_tokens:
+        if not isinstance(limit, Integral) or not 1 <= limit <= config.num_text_tokens:
             raise ValueError(f"`max_sequence_length` has to lie in 1..{config.num_text_tokens}, got {limit!r}.")
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("One of `prompt` and `prompt_embeds` has to be given, and not both.")
