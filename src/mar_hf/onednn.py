@@ -113,8 +113,10 @@ def apply_activated(
     Returns:
         `torch.Tensor` of shape `(..., out_features)`.
     """
-    if activation in ACTIVATIONS and hasattr(layer.forward, "by_onednn") and not layer._forward_hooks:
-        return layer(hidden_states, activation=activation)  # hooks before it keep it as a keyword
+    forward = layer.forward  # looked up once: another thread's call may end at any time and put the old one back
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    if activation in ACTIVATIONS and hasattr(forward, "by_onednn") and not hooked:
+        return forward(hidden_states, activation)
     return activation(layer(hidden_states))
 
 
