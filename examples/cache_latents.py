@@ -180,10 +180,13 @@ def encode_captions(
     pairs = zip(rows["text"], labels, strict=True)
     choices = [caption_choices(captions, args.caption_templates, label) for captions, label in pairs]
     states = encode_choices(choices, *parts, args.max_sequence_length)
+    stored = torch.cat([text for own in states for text in own]).to(dtype)
+    if not stored.isfinite().all():
+        raise ValueError(f"States of texts are not finite in `dtype` {args.dtype!r}: choose a wider one.")
     return {
         "texts": torch.tensor([len(own) for own in choices]),
         "text_lengths": torch.tensor([len(text) for own in states for text in own]),
-        "text_states": torch.cat([text for own in states for text in own]).to(dtype),
+        "text_states": stored,
     }
 
 

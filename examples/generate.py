@@ -109,9 +109,11 @@ def class_folders(pipeline: MARPipeline, wanted: Sequence[str] | None = None) ->
         `dict[int, str]`: class number -> name of the folder.
 
     Raises:
-        ValueError: if a name is unknown or a number out of range.
+        ValueError: if a name is unknown or a number out of range, or the model knows texts only.
     """
     limit = pipeline.transformer.config.num_classes
+    if limit == 0:
+        raise ValueError("This model knows no classes, only texts: examples/evaluate_texts.py draws from these.")
     names = [re.sub(r"[/\\]", "-", class_name(pipeline, label)) for label in range(limit)]
     labels = range(limit) if wanted is None else choose_classes(pipeline, wanted)
     if beyond := [label for label in labels if label >= limit]:

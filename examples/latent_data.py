@@ -135,6 +135,18 @@ class CachedLatents(Dataset):
                 moments[name.replace("mean", "std")] = torch.zeros(()).expand(self.latent_shape)
         return {**moments, **self._texts(shard, row), "label": int(shard["label"][row])}
 
+    def longest_text(self) -> int:
+        """Tokens of the longest text.
+
+        Returns:
+            `int`: 0 without texts.
+        """
+        longest = 0
+        for path in self.folder.glob("shard-*.safetensors") if self.text_dim is not None else []:
+            with safe_open(path, framework="pt") as file:
+                longest = max(longest, int(file.get_tensor("text_lengths").max()))
+        return longest
+
     def _texts(self, shard: dict[str, torch.Tensor], row: int) -> dict[str, list[torch.Tensor]]:
         if self.text_dim is None:
             return {}
@@ -164,7 +176,7 @@ class OriginalLatents(Dataset):
         if not self.files:
             raise ValueError(f"`train_data_dir` {path!r} holds no cached latents: neither {INDEX} nor .npz files.")
         in_classes = self.files[0].parent != pathlib.Path(path)
-        names = sorted(child.name for child in pathlib.Path(path).iterdir() if child.is_dir()) if in_classes else None
+        names = sorted({file.parent.name for file in self.files}) if in_classes else None
         self.class_names: list[str] | None = names
         self.labels = {name: number for number, name in enumerate(names or [])}
         self.resolution: int | None = None

@@ -214,7 +214,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--classes", nargs="+", choices=CLASSES, metavar="NAME", help="default: all 35 classes")
     parser.add_argument("--max-per-class", type=int, metavar="N", help="the first N of a class, in Unicode's order")
     parser.add_argument("--skin-tones", action="store_true", help="also the skin-tone variants")
-    parser.add_argument("--captions", action="store_true", help="also captions, in a new folder")
+    parser.add_argument("--captions", action="store_true", help="also captions")
     parser.add_argument(
         "--hold-out", type=float, default=0.0, metavar="SHARE", help="of all (role, gender, tone), kept in `test`"
     )
@@ -225,9 +225,8 @@ def parse_args() -> argparse.Namespace:
         raise ValueError(f"`--hold-out` has to lie in [0, 0.5], got {args.hold_out}.")
     if args.hold_out and not (args.captions and args.skin_tones):
         raise ValueError("`--hold-out` goes with `--captions` and `--skin-tones` only.")
-    # What is there already would have no caption, or be in the wrong split.
-    if args.captions and args.output_dir.exists() and any(args.output_dir.iterdir()):
-        raise ValueError(f"`output_dir` {str(args.output_dir)!r} has to be new or empty for `--captions`.")
+    if args.size < 1:
+        raise ValueError(f"`--size` has to be at least 1, got {args.size}.")
     return args
 
 
@@ -245,9 +244,13 @@ def main() -> None:
     if args.hold_out and not held_out:
         raise ValueError(f"`--hold-out` {args.hold_out} finds nothing to hold out among {len(people)} people.")
     rows = {"train": [], "test": []} if held_out else {"train": []}
-    for one in emoji:
-        split = "test" if one.code in held_out else "train"
-        path = args.output_dir / split / one.label / f"{one.code}.png"
+    splits = ["test" if one.code in held_out else "train" for one in emoji]
+    paths = [args.output_dir / split / one.label / f"{one.code}.png" for one, split in zip(emoji, splits, strict=True)]
+    tables = {args.output_dir / split / "metadata.jsonl" for split in rows if args.captions}
+    # What this run does not write again would stay among the pictures, without a caption or in the wrong split.
+    if strays := sorted({path for path in args.output_dir.rglob("*") if path.is_file()} - {*paths, *tables}):
+        raise ValueError(f"`output_dir` holds {len(strays)} other files, such as {str(strays[0])!r}: choose another.")
+    for one, split, path in zip(emoji, splits, paths, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(one.picture).resize((args.size, args.size), Image.Resampling.LANCZOS).save(path)
         role, gender, tone = people.get(one.code, ("", "", ""))

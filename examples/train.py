@@ -145,7 +145,7 @@ class Arguments:
     checkpointing_steps: int = field(default=500, metadata={"help": "optimizer steps between checkpoints"})
     checkpoints_total_limit: int = field(default=2, metadata={"help": "the newest so many checkpoints stay"})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": '"latest", or the name of a checkpoint in `output_dir`'}
+        default=None, metadata={"help": '"latest", or a checkpoint in `output_dir`: its name or path'}
     )
 
     max_timestep: int | None = field(
@@ -167,7 +167,13 @@ class Arguments:
 
     def __post_init__(self) -> None:
         steps = ("max_train_steps", "logging_steps", "validation_steps", "checkpointing_steps")
-        for name in (*steps, "train_batch_size", "gradient_accumulation_steps", "checkpoints_total_limit"):
+        for name in (
+            *steps,
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "checkpoints_total_limit",
+            "validation_images",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
         for name in ("model_config", "generation_defaults"):
@@ -397,8 +403,7 @@ def text_inputs(
         embeds, mask = encode_texts(batch["text"], text_encoder, tokenizer, limit)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
     names = ("prompt_embeds", "prompt_attention_mask")
-    # Texts that were cached with more tokens are cut, as those of pictures are.
-    return {name: batch[name][:, :limit].to(device, non_blocking=True) for name in names if name in batch}
+    return {name: batch[name].to(device, non_blocking=True) for name in names if name in batch}
 
 
 class Trainer:
@@ -443,6 +448,8 @@ class Trainer:
         text_dim = self.find_text_dim()
         model = build_model(args, self.tokenizer, self.names, text_dim)
         self.model_class, self.config, self.bare_model = type(model), model.config, model
+        if self.from_latents and text_dim is not None:
+            self.check_text_lengths()
         needs_weights = self.from_latents and model.head.uses_codebook
         tokenizer = load_tokenizer(args, self.dataset, weights=True) if needs_weights else self.tokenizer
         model.head.set_tokenizer(tokenizer)
@@ -497,6 +504,16 @@ class Trainer:
         if self.text_encoder is not None:
             check_text_encoder(self.text_encoder, text_dim)
         return text_dim
+
+    def check_text_lengths(self) -> None:
+        """Refuse cached texts that the model does not take whole: cut states are not those of the cut text."""
+        limit = self.config.num_text_tokens
+        for dataset in (self.dataset, self.validation_dataset):
+            if (longest := dataset.longest_text()) > limit:
+                raise ValueError(
+                    f"The cached texts have up to {longest} tokens, and the model takes {limit}: cache them with "
+                    f"`--max_sequence_length {limit}`, or set `num_text_tokens` in `model_config`."
+                )
 
     def build_noise_scheduler(self) -> TokenDDPMScheduler:
         """The noise schedule of the loss, and the sampler that is saved."""

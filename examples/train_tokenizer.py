@@ -122,7 +122,7 @@ class Arguments:
     checkpointing_steps: int = field(default=500, metadata={"help": "optimizer steps between checkpoints"})
     checkpoints_total_limit: int = field(default=2, metadata={"help": "the newest so many checkpoints stay"})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": '"latest", or the name of a checkpoint in `output_dir`'}
+        default=None, metadata={"help": '"latest", or a checkpoint in `output_dir`: its name or path'}
     )
 
     def __post_init__(self) -> None:
@@ -133,6 +133,8 @@ class Arguments:
                 raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
         if self.autoencoder not in ("kl", "dc", "vq"):
             raise ValueError(f"`autoencoder` has to be kl, dc or vq, got {self.autoencoder!r}.")
+        if self.autoencoder == "dc" and not self.latent_noise > 0:
+            raise ValueError(f"`latent_noise` has to be above 0 for `autoencoder` dc, got {self.latent_noise}.")
         if self.quantize and self.autoencoder != "vq":
             raise ValueError(f"`quantize` goes with `autoencoder` vq only, got {self.autoencoder!r}.")
         levels, layers = len(self.block_out_channels), self.layers_per_block

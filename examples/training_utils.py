@@ -389,7 +389,7 @@ def load_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, nam
     Args:
         accelerator (`Accelerator`): with the same objects as when it was saved.
         output_dir (`str` or `os.PathLike`): of the run.
-        name (`str`): `"latest"`, the name of a checkpoint in `output_dir`, or a path to one.
+        name (`str`): `"latest"`, or the name of a checkpoint in `output_dir`; its path will do too.
 
     Returns:
         `pathlib.Path`, *optional*: what was loaded; None where `"latest"` finds no checkpoint at all.
@@ -413,7 +413,9 @@ def load_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, nam
         # The run leaves newer ones behind; with their names they would be taken for its newest.
         for newer in folders[folders.index(pathlib.Path(chosen)) + 1 :] if pathlib.Path(chosen) in folders else []:
             if name == "latest":  # they are damaged
-                shutil.rmtree(newer.rename(newer.with_name("checkpoint.partial")))
+                partial = newer.with_name("checkpoint.partial")
+                shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it saved
+                shutil.rmtree(newer.rename(partial))
                 continue
             aside = newer.with_name(f"old-{newer.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -426,6 +428,8 @@ def _choose_checkpoint(output_dir: str | os.PathLike, name: str) -> tuple[str | 
     """(folder, None), (None, what is wrong) or (None, None): nothing there yet."""
     if name != "latest":
         folder = pathlib.Path(output_dir, name)
+        if pathlib.Path(name).resolve().parent == pathlib.Path(output_dir).resolve():
+            folder = pathlib.Path(output_dir, pathlib.Path(name).name)
         problem = check_checkpoint(folder)
         return (None, f"Checkpoint {folder} can't be used: {problem}.") if problem else (str(folder), None)
     folders = list_checkpoints(output_dir)[::-1]

@@ -125,6 +125,9 @@ def test_default_classes(model, named):
     pipeline = MARPipeline.from_pretrained(named)
     assert choose_classes(pipeline, None) == list(range(10))
     assert choose_classes(pipeline, ["elk", "2", "red fox"]) == [9, 2]
+    # As the pipeline reads them: names first.
+    pipeline.register_to_config(id2label={0: "1", 1: "10", 2: "2"})
+    assert choose_classes(pipeline, ["2", "1", "7"]) == [pipeline.labels["2"], pipeline.labels["1"], 7] == [2, 0, 7]
     pipeline.transformer.config.num_classes = 1000
     assert choose_classes(pipeline, None) == [0, 125, 250, 375, 500, 625, 750, 875]
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers by oneDNN: the same numbers, and only where nothing is out of the ordinary."""
 
+import copy
+import pickle
+
 import accelerate
 import pytest
 import torch
@@ -93,6 +96,32 @@ def test_two_calls_at_once_do_not_disturb_each_other():
     assert torch.equal(module(states), expected)
     inner.__exit__(None, None, None)
     assert replaced(module) == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_made_inside_are_models_of_their_own(copied):
+    module, states = model(), torch.randn(3, WIDTH, generator=seeded(1))
+    with onednn_linears(module):
+        expected = module(states)
+        another = copied(module)
+        assert relative_error(another(states), expected) < 1e-5
+    for parameter in another.parameters():
+        parameter.data.zero_()
+    assert not another(states).any()
+    assert relative_error(module(states), expected) < 1e-5
+    with onednn_linears(another):
+        assert len(replaced(another)) == 2 and not another(states).any()
+
+
+@torch.no_grad()
+def test_weights_that_are_swapped_for_a_call_are_used():
+    module, states = model(), torch.randn(3, WIDTH, generator=seeded(1))
+    doubled = {name: 2 * parameter for name, parameter in module.named_parameters()}
+    expected = torch.func.functional_call(module, doubled, states)
+    with onednn_linears(module):
+        module(states)
+        assert torch.equal(torch.func.functional_call(module, doubled, states), expected)
 
 
 def hooked():
@@ -190,6 +219,6 @@ def test_pipelines_use_it_while_they_generate():
         return {}
 
     pipe(class_labels=[0], callback_on_step_end=look, num_inference_steps=2, num_diffusion_steps=2)
-    linears = [part for part in pipe.transformer.modules() if isinstance(part, nn.Linear)]
+    linears = [part for part in pipe.transformer.modules() if type(part) is nn.Linear]
     assert seen == [len(linears)] * 2
     assert replaced(pipe.transformer) == []

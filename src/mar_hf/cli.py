@@ -229,7 +229,7 @@ def choose_classes(pipeline: MARPipeline, wanted: Sequence[str] | None) -> list[
 
     Args:
         pipeline ([`MARPipeline`]): it knows how many classes there are, and their names.
-        wanted (`Sequence[str]`, *optional*): names, or numbers in decimal digits.
+        wanted (`Sequence[str]`, *optional*): names, or numbers in decimal digits where no class has such a name.
 
     Returns:
         `list[int]`: in the order wanted.
@@ -241,7 +241,7 @@ def choose_classes(pipeline: MARPipeline, wanted: Sequence[str] | None) -> list[
     if wanted is None:
         return list(range(count)) if count <= FEW_CLASSES else list(range(0, count, -(-count // 8)))
     known = pipeline.labels
-    labels = [int(name) if name.isdecimal() else known.get(name) for name in wanted]
+    labels = [known.get(name, int(name) if name.isdecimal() else None) for name in wanted]
     if None in labels:
         some = ", ".join(list(known)[:FEW_CLASSES]) or "numbers only, this model names no classes"
         raise ValueError(f"`--class-labels`: {wanted[labels.index(None)]!r} is unknown; known are {some}")

@@ -4,6 +4,8 @@
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +41,7 @@ def onednn_linears(module: nn.Module) -> Iterator[None]:
     """
     layers = _layers(module)
     for layer in layers:
-        layer.forward = _forward(layer)
+        layer.forward = _ByOneDNN(layer)
     try:
         yield
     finally:
@@ -89,7 +91,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     Returns:
         `bool`. False for adapted, quantised, pruned and offloaded layers; True inside of [`onednn_linears`].
     """
-    by_onednn = hasattr(vars(module).get("forward"), "by_onednn")
+    by_onednn = isinstance(vars(module).get("forward"), _ByOneDNN)
     return (
         isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward  # subclasses may compute otherwise
@@ -115,29 +117,38 @@ def apply_activated(
     """
     forward = layer.forward  # looked up once: another thread's call may end at any time and put the old one back
     hooked = layer._forward_hooks or layer._forward_pre_hooks
-    if activation in ACTIVATIONS and hasattr(forward, "by_onednn") and not hooked:
+    if activation in ACTIVATIONS and isinstance(forward, _ByOneDNN) and not hooked:
         return forward(hidden_states, activation)
     return activation(layer(hidden_states))
 
 
-def _forward(layer: nn.Linear) -> Callable[..., torch.Tensor]:
+class _ByOneDNN:
     """`nn.Linear.forward`, by oneDNN where that is faster, with an activation after it if one is given."""
-    compute, weight, bias = torch.ops.mkldnn._linear_pointwise.default, layer.weight, layer.bias
-    packed = None
 
-    def forward(
-        hidden_states: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor] | None = None
+    def __init__(self, layer: nn.Linear):
+        self.layer, self.weight, self.packed = layer, layer.weight, None
+        self.compute = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(
+        self, hidden_states: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> torch.Tensor:
-        nonlocal packed
+        weight, bias = self.layer.weight, self.layer.bias
         few = hidden_states.numel() * len(weight) < FEW_PRODUCTS
+        other = weight is not self.weight or hidden_states.dtype != weight.dtype  # `functional_call` swaps weights
         # oneDNN's operator would cut the graph of gradients.
-        if few or hidden_states.dtype != weight.dtype or torch.is_grad_enabled():
+        if few or other or torch.is_grad_enabled():
             output = nn.functional.linear(hidden_states, weight, bias)
             return output if activation is None else activation(output)
-        if packed is None:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
+        if self.packed is None:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
         name, variant = ("none", "") if activation is None else ACTIVATIONS[activation]
-        return compute(hidden_states, packed, bias, name, [], variant)
+        return self.compute(hidden_states, self.packed, bias, name, [], variant)
 
-    forward.by_onednn = True
-    return forward
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies of the layer compute with their own weights, as ever.
+        return _plain_forward, (self.layer,)
+
+
+def _plain_forward(layer: nn.Linear) -> MethodType:
+    """The forward of the layer's class."""
+    return MethodType(type(layer).forward, layer)

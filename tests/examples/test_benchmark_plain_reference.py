@@ -65,6 +65,24 @@ def test_it_makes_the_pictures_of_the_pipeline(labels, settings):
     assert relative_error(found, expected) < 1e-4
 
 
+def test_it_makes_the_pictures_of_linear_layers_by_onednn(monkeypatch):
+    # Layers as small as those of the tests are left to torch otherwise.
+    monkeypatch.setattr("mar_hf.onednn.FEW_PRODUCTS", 0)
+    by_onednn = set()
+
+    def look(pipe, step, done, tensors):
+        layers = [part for part in pipe.transformer.modules() if isinstance(part, torch.nn.Linear)]
+        by_onednn.update(layer for layer in layers if getattr(layer.forward, "packed", None) is not None)
+        return {}
+
+    pipe = tiny_pipeline()
+    expected = both(pipe, [2, 0])[1]
+    found, _ = both(pipe, [2, 0], callback_on_step_end=look)
+    assert relative_error(found, expected) < 1e-4
+    model = pipe.transformer
+    assert {model.model.decoder_layers[0].mlp.fc1, model.head.blocks[0].linear_1} < by_onednn
+
+
 def test_it_runs_no_module_of_the_package():
     pipe = tiny_pipeline()
     expected, found = both(pipe, [1])

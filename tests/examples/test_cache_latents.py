@@ -307,6 +307,8 @@ def original_cache(folder, flipped=True):
 @pytest.mark.parametrize("flipped", [True, False])
 def test_files_of_the_original(tmp_path, flipped):
     original_cache(tmp_path, flipped)
+    for name in (".git", "n01b"):  # no classes: there is nothing in them
+        (tmp_path / name).mkdir()
     latents = load_latents(str(tmp_path))
     assert (len(latents), latents.class_names, latents.has_flipped) == (5, ["n01", "n02"], flipped)
     assert (latents.latent_shape, latents.resolution) == ((2, 3, 3), None)

@@ -17,6 +17,7 @@ from example_runs import forget_accelerate
 from mar_hf.cli import image_generator
 from snippets import ROOT
 from tiny_pipelines import tiny_pipeline, tiny_transformer
+from tiny_texts import TEXT
 
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -202,6 +203,12 @@ def test_a_model_without_classes(tmp_path):
 def test_classes_that_share_a_name_get_folders_of_their_own():
     names = {0: "crane", 1: "either/or", 2: "crane"}
     assert generate.class_folders(tiny_pipeline(id2label=names)) == {0: "crane 0", 1: "either-or", 2: "crane 2"}
+
+
+def test_models_of_texts_are_refused():
+    pipe = tiny_pipeline(transformer=tiny_transformer(**TEXT, num_classes=0), id2label=None)
+    with pytest.raises(ValueError, match="knows no classes, only texts"):
+        generate.class_folders(pipe)
 
 
 def test_half_precision_runs(model, tmp_path):

@@ -166,11 +166,13 @@ def test_options_that_do_not_go_together(tmp_path, monkeypatch, npz, words, mess
     assert not (tmp_path / "out").exists()
 
 
-def test_captions_go_into_a_new_folder(tmp_path, monkeypatch, npz):
-    prepare(monkeypatch, tmp_path / "out", "--npz", npz)
-    with pytest.raises(ValueError, match="`output_dir` '.*out' has to be new or empty for `--captions`"):
-        prepare(monkeypatch, tmp_path / "out", "--npz", npz, "--captions")
-    assert not list(tmp_path.rglob("metadata.jsonl"))
+@pytest.mark.parametrize("words", [[], ["--max-per-class", 1], ["--skin-tones", "--captions", "--hold-out", 0.1]])
+def test_pictures_of_another_choice_do_not_stay_among_them(tmp_path, monkeypatch, npz, words):
+    prepare(monkeypatch, tmp_path / "out", "--npz", npz, "--skin-tones", "--captions")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"`output_dir` holds \d+ other files, such as '.*': choose another"):
+        prepare(monkeypatch, tmp_path / "out", "--npz", npz, *words)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_npz_without_names_has_no_captions(tmp_path, monkeypatch, npz):
@@ -278,5 +280,7 @@ def test_only_the_first_of_a_class_are_kept_if_asked(tmp_path, monkeypatch, npz)
 
 
 def test_an_empty_selection_is_refused(tmp_path, monkeypatch, npz):
-    with pytest.raises(ValueError, match="--max-per-class"):
-        prepare(monkeypatch, tmp_path / "out", "--npz", npz, "--max-per-class", 0)
+    for option in ("--max-per-class", "--size"):
+        with pytest.raises(ValueError, match=option):
+            prepare(monkeypatch, tmp_path / "out", "--npz", npz, option, 0)
+    assert not (tmp_path / "out").exists()

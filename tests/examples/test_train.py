@@ -410,6 +410,7 @@ def test_a_causal_pipeline_samples_and_is_fine_tuned(causal, tmp_path):
         ({"model_config": "{"}, "`model_config` has to be a JSON object"),
         ({"resolution": 9}, "`resolution` has to be a multiple of 2, got 9"),
         ({"train_batch_size": 0}, "`train_batch_size` has to be at least 1, got 0"),
+        ({"validation_images": 0}, "`validation_images` has to be at least 1, got 0"),
         ({"train_batch_size": 16}, "15 examples are fewer than a batch of all processes: 16"),
         ({"pretrained_model_name_or_path": "x", "model_config": '{"preset": "base"}'}, "can't change `preset`"),
         ({"generation_defaults": '{"speed": 1}'}, "`generation_defaults` has to be one of"),

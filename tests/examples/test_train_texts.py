@@ -127,6 +127,9 @@ def test_cached_texts_train_the_same_without_the_text_encoder(captioned, encoder
     assert pipe.text_encoder is None and pipe.transformer.config.text_dim == TEXT_DIM
     with pytest.raises(ValueError, match="needs the pipeline's `text_encoder`"):
         pipe(prompt="a cat")
+    short = json.dumps({**json.loads(sizes), "num_text_tokens": 2})
+    with pytest.raises(ValueError, match=r"have up to [3-8] tokens, and the model takes 2: cache them with"):
+        run(tmp_path / "cache", tmp_path / "short", model_config=short)
     # The same texts cut shorter are other texts.
     with pytest.raises(ValueError, match="max_sequence_length was 8, is 3"):
         cache(3)

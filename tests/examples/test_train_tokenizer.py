@@ -488,6 +488,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
         ({**VQ, "num_codes": 0}, "`num_codes` has to be at least 1, got 0"),
         ({**VQ, "code_restart_steps": 0}, "`code_restart_steps` has to be at least 1, got 0"),
         ({"quantize": True}, "`quantize` goes with `autoencoder` vq only, got 'kl'"),
+        ({**DC, "latent_noise": 0.0}, r"`latent_noise` has to be above 0 for `autoencoder` dc, got 0\.0"),
         ({"autoencoder": "dc"}, r"`layers_per_block` has to be .* got \[1\]"),
         ({"resolution": 9}, "`resolution` has to be a multiple of 2, got 9"),
         ({"max_train_steps": 0}, "`max_train_steps` has to be at least 1, got 0"),

@@ -2,6 +2,8 @@
 """Settings from files, the order of examples and whole checkpoints."""
 
 import csv
+import os
+import shutil
 import sys
 from dataclasses import dataclass, field
 
@@ -140,6 +142,11 @@ def test_the_newest_checkpoint_is_loaded_and_old_ones_go(run):
     assert training_utils.check_checkpoint(folder / "old-checkpoint-10") is None
     training_utils.save_checkpoint(accelerator, folder, 3, total_limit=2)
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-3", "old-checkpoint-10"]
+    # A path will do, from wherever it is given.
+    chosen = os.path.relpath(folder / "checkpoint-2")
+    assert training_utils.load_checkpoint(accelerator, folder, chosen) == folder / "checkpoint-2"
+    assert (folder / "old-checkpoint-3").is_dir()
+    (folder / "old-checkpoint-3").rename(folder / "checkpoint-3")
     # One that lies elsewhere leaves these alone.
     (folder / "old-checkpoint-10").rename(folder / "chosen")
     assert training_utils.load_checkpoint(accelerator, folder, "chosen") == folder / "chosen"
@@ -174,6 +181,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, caplog, 
         training_utils.load_checkpoint(accelerator, folder, "latest")
     with pytest.raises(ValueError, match="checkpoint-7 can't be used"):
         training_utils.load_checkpoint(accelerator, folder, "checkpoint-7")
+
+
+def test_a_damaged_checkpoint_beside_one_that_was_being_written(run):
+    accelerator, layer, folder = run
+    shutil.copytree(folder / "checkpoint-1", folder / "checkpoint.partial")
+    truncate(folder / "checkpoint-10" / "model.safetensors")
+    assert training_utils.load_checkpoint(accelerator, folder, "latest") == folder / "checkpoint-2"
+    assert (layer.weight == 2).all()
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_what_was_being_written_does_not_count(run):

@@ -414,6 +414,15 @@ def test_the_time_embedding_tells_neighbours_apart_in_bfloat16(scheduler):
     assert not torch.equal(found[0], found[1])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_time_embedding_is_computed_in_float32(dtype):
+    head, timesteps = tiny_head().to(dtype), torch.arange(1000)
+    found = head.time_embedding(timesteps)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, head.float().time_embedding(timesteps))
+
+
 # A head whose answer is known
 
 
@@ -435,7 +444,7 @@ def exact_head(deviation):
     head.token_proj.weight[:n], head.token_proj.weight[n : 2 * n] = torch.eye(n), -torch.eye(n)
     head.token_proj.bias[2 * n], head.token_proj.bias[2 * n + 1] = large, -large
     head.out_proj.weight[:n, :n] = torch.eye(n) * large / (width / 2) ** 0.5
-    waves = nn.functional.silu(head._embed_time(torch.arange(1000))).double() - far
+    waves = nn.functional.silu(head.time_embedding(torch.arange(1000))).double() - far
     waves = torch.cat([waves, torch.ones(1000, 1)], 1)
     solution = torch.linalg.lstsq(waves, (factors - 1)[:, None], rcond=1e-5, driver="gelsd").solution[:, 0]
     head.out_modulation.weight[width : width + n] = solution[:-1]

@@ -138,6 +138,12 @@ def test_given_betas():
     assert scheduler.timesteps.tolist() == [2, 1, 0]
 
 
+@pytest.mark.parametrize("betas", [[0.1, 0.2], [0.1, 0.2, 1.0], [0.0, 0.2, 0.5], [[0.1, 0.2, 0.5]]])
+def test_wrong_betas_are_refused(betas):
+    with pytest.raises(ValueError, match="`trained_betas` has to hold 3 numbers between 0 and 1"):
+        TokenDDPMScheduler(num_train_timesteps=3, trained_betas=betas)
+
+
 # Noise
 
 

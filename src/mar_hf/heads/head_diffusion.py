@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
-from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -26,6 +26,49 @@ TIMESTEP_CHANNELS = 256
 # Bytes that `sample` computes ahead: many steps at once make large matrix products of small ones, as long as what they
 # give stays in the cache of a CPU.
 MODULATION_BYTES = 2**24
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32 whatever its weights are, but for autocast."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Apply the layer.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(..., in_features)`): of any dtype.
+
+        Returns:
+            `torch.Tensor` of shape `(..., out_features)`: float32.
+        """
+        return nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of a timestep and two linear layers.
+
+    In float32, since the first steps of a cosine schedule multiply errors by hundreds.
+
+    Args:
+        hidden_size (`int`): width.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.linear_1 = Float32Linear(TIMESTEP_CHANNELS, hidden_size)
+        self.linear_2 = Float32Linear(hidden_size, hidden_size)
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Embed.
+
+        Args:
+            timesteps (`torch.Tensor` of shape `(rows,)`): original timesteps, 0..999.
+
+        Returns:
+            `torch.Tensor` of shape `(rows, hidden_size)`: float32.
+        """
+        # Cosines first, then sines.
+        sinusoids = get_timestep_embedding(timesteps, TIMESTEP_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
+        return self.linear_2(nn.functional.silu(self.linear_1(sinusoids)))
 
 
 class DiffusionHeadBlock(nn.Module):
@@ -112,7 +155,7 @@ class DiffusionHead(TokenHead):
         self.batch_multiplier = batch_multiplier
         self.initializer_range = initializer_range
         self.loss_chunk_size = loss_chunk_size
-        self.time_embedding = TimestepEmbedding(TIMESTEP_CHANNELS, hidden_size)
+        self.time_embedding = TimeEmbedding(hidden_size)
         self.condition_proj = nn.Linear(condition_dim, hidden_size)
         self.token_proj = nn.Linear(token_dim, hidden_size)
         self.blocks = nn.ModuleList([DiffusionHeadBlock(hidden_size, layer_norm_eps) for _ in range(num_layers)])
@@ -151,7 +194,7 @@ class DiffusionHead(TokenHead):
         Returns:
             `torch.Tensor` of shape `(rows, 2 * token_dim)`: epsilon, then the variance logits.
         """
-        embedding = self._embed_time(timesteps) + self._embed_condition(condition)
+        embedding = self.time_embedding(timesteps) + self._embed_condition(condition)
         return self._denoise(noisy_tokens, self._modulate(embedding))
 
     def check_scheduler(self, scheduler: SchedulerMixin, temperature: float = 1.0, **head_kwargs: object) -> None:
@@ -326,7 +369,7 @@ class DiffusionHead(TokenHead):
         device, own = condition.device, isinstance(scheduler, TokenDDPMScheduler)
         # What no step changes: the condition's embedding, and each step's time embedding. (2B, K, w) and (S, 1, 1, w)
         embedding = self._embed_condition(torch.cat([condition, negative_condition]) if guided else condition)
-        time_embeddings = self._embed_time(scheduler.timesteps.to(device, non_blocking=True))[:, None, None]
+        time_embeddings = self.time_embedding(scheduler.timesteps.to(device, non_blocking=True))[:, None, None]
         if noise is None:
             sample = randn_tensor((batch, num_tokens, self.token_dim), generator=generator, device=device)
         else:
@@ -388,11 +431,6 @@ class DiffusionHead(TokenHead):
         state.pop("_denoise", None)
         return state
 
-    def _embed_time(self, timesteps: torch.Tensor) -> torch.Tensor:
-        # Cosines first, then sines; float32 whatever the weights are.
-        sinusoids = get_timestep_embedding(timesteps, TIMESTEP_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
-        return self.time_embedding(sinusoids.to(self.condition_proj.weight.dtype))
-
     def _embed_condition(self, condition: torch.Tensor) -> torch.Tensor:
         return self.condition_proj(condition.to(self.condition_proj.weight.dtype))
 
@@ -408,7 +446,7 @@ class DiffusionHead(TokenHead):
     def _modulate(self, embedding: torch.Tensor) -> Iterator[torch.Tensor]:
         """What the sum of the time's and the condition's embedding does: shift, 1 + scale and gate of each block, then
         shift and 1 + scale of the output. One after the other, so that the backward pass frees each with its block."""
-        embedding = nn.functional.silu(embedding)
+        embedding = nn.functional.silu(embedding).to(self.condition_proj.weight.dtype)
         for block in self.blocks:
             yield from block.modulate(embedding)
         shift, scale = self.out_modulation(embedding).chunk(2, dim=-1)

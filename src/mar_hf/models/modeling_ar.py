@@ -173,7 +173,7 @@ class ARModel(ARPreTrainedModel):
         text = (prompt_embeds, prompt_attention_mask, text_context)
         contexts, dropped = self.read_text(list(self.layers), tokens, *text, generator)
         hidden_states = self._embed_slots(tokens, orders, class_labels, contents, generator, dropped)
-        asked = torch.tensor(targets, device=tokens.device)
+        asked = _to_device(targets, tokens.device)
         # (B, S): the position that is predicted from each slot; any where none is
         target_positions = orders[:, asked.clamp(min=0)]
         rotary = None
@@ -181,7 +181,7 @@ class ARModel(ARPreTrainedModel):
             embedding = self.target_position_embedding[0][target_positions]
             hidden_states = hidden_states + embedding * (asked != NOTHING)[:, None]
         else:
-            held = torch.tensor(contents, device=tokens.device)
+            held = _to_device(contents, tokens.device)
             rotary = self._build_rotary(orders, held, asked)
         hidden_states = self.token_norm(hidden_states)
         for layer, context in zip(self.layers, contexts, strict=True):
@@ -193,7 +193,7 @@ class ARModel(ARPreTrainedModel):
                 rotary=rotary,
                 past_key_values=past_key_values,
             )
-        wanted = torch.tensor([slot for slot, rank in enumerate(targets) if rank != NOTHING], device=tokens.device)
+        wanted = _to_device([slot for slot, rank in enumerate(targets) if rank != NOTHING], tokens.device)
         positions = target_positions[:, wanted]
         condition = self.norm(hidden_states[:, wanted]) + self.condition_position_embedding[0][positions]
         if condition.shape[1] == config.num_tokens:
@@ -234,7 +234,7 @@ class ARModel(ARPreTrainedModel):
     ) -> torch.Tensor:
         """What the slots hold and where that stands in the picture: (B, S, D)."""
         num_class_slots = contents.count(CLASS)
-        held = torch.tensor(contents[num_class_slots:], dtype=torch.long, device=tokens.device)
+        held = _to_device(contents[num_class_slots:], tokens.device)
         positions = orders[:, held.clamp(min=0)]
         values = tokens.gather(1, positions[..., None].expand(-1, -1, tokens.shape[-1]))
         embedding = self.token_proj(values.to(self.token_proj.weight.dtype))
@@ -269,7 +269,7 @@ class ARModel(ARPreTrainedModel):
                 f"Attention {implementation!r} takes no mask, which several tokens a step and static caches need: use "
                 '"sdpa".'
             )
-        own = torch.tensor(steps, device=tokens.device)
+        own = _to_device(steps, tokens.device)
         visible = own <= own[first:, None]
         if size >= 0:  # what a static cache does not hold yet
             visible = nn.functional.pad(visible, (0, size - len(steps)))
@@ -509,3 +509,8 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
             positions = orders[:, done - count : done]
             return condition.gather(1, positions[..., None].expand(-1, -1, condition.shape[-1]))
         return condition[:, -count:]
+
+
+def _to_device(numbers: list[int], device: torch.device) -> torch.Tensor:
+    """A list on the device, which is not waited for."""
+    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)

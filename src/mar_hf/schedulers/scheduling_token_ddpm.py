@@ -128,6 +128,9 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
             self.betas = cosine_betas(num_train_timesteps)
         else:
             self.betas = torch.tensor(trained_betas, dtype=torch.float64)
+            inside = bool(((self.betas > 0) & (self.betas < 1)).all())
+            if self.betas.shape != (num_train_timesteps,) or not inside:
+                raise ValueError(f"`trained_betas` has to hold {num_train_timesteps} numbers between 0 and 1.")
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
         self._train_tables = _tables(self.alphas_cumprod, self.betas)
         self.init_noise_sigma = 1.0
