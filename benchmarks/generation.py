@@ -13,6 +13,7 @@ import gc
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +28,8 @@ from measuring import (
     Memory,
     Recorder,
     append_record,
+    compiled_graphs,
+    count_kernels,
     load_pipeline,
     machine,
     matmul_rate,
@@ -45,6 +48,8 @@ from mar_hf.generation import GUIDANCE_SCHEDULES, HEAD_STEP_SCHEDULES, TOKEN_SCH
 
 # Autoregressive steps whose operations are counted where whole calls are timed.
 COUNTED_STEPS = 5
+# Head steps whose kernels are counted.
+COUNTED_HEAD_STEPS = 8
 # Settings with which the costs of a step depend on the steps before it, unless they have these values.
 STEP_BY_STEP = {"guidance_interval": (0.0, 1.0), "guidance_refresh": 1}
 # Settings that the plain reference does not have, likewise.
@@ -284,6 +289,30 @@ def warm_up(sides: dict[str, Side], scenario: dict[str, Any]) -> dict[str, float
     return costs
 
 
+def kernels_per_head_step(side: Side) -> float | None:
+    """Kernels of a head step on a GPU, operators on a CPU: what more head steps add to a call of one step.
+
+    Args:
+        side ([`Side`]): one of the two.
+
+    Returns:
+        `float`, *optional*: None where all tokens can't be made at once, or the settings have a single head step.
+    """
+    num_tokens = side.pipe.transformer.config.num_tokens
+    more = min(COUNTED_HEAD_STEPS, side.settings["num_diffusion_steps"] - 1)
+    try:
+        side.pipe.transformer.check_tokens_per_step([num_tokens])
+    except ValueError:
+        return None
+    if more < 1 or side.changed(STEP_BY_STEP):
+        return None
+    plans = [Plan([num_tokens], [steps], [(num_tokens, steps)]) for steps in (1, 1 + more)]
+    for plan in plans[: torch.device(side.device).type == "cuda"]:  # graphs are recorded once
+        side.generate(plan, None)
+    few, many = (count_kernels(side.device, partial(side.generate, plan, None)) for plan in plans)
+    return (many - few) / more
+
+
 def count_operations(sides: dict[str, Side]) -> tuple[dict[str, dict[str, float]], dict[str, torch.Tensor]]:
     """Floating-point operations of each side by part, and the latents that they made. It also warms up.
 
@@ -401,7 +430,10 @@ def run(name: str, scenario: dict[str, Any], reference: bool = True, matmul_size
         for dtype, values in rates.items():
             values.append(matmul_rate(device, DTYPES[dtype], size))
 
+    kernels = {side_name: kernels_per_head_step(side) for side_name, side in sides.items()}
+    graphs = compiled_graphs()
     calls = time_in_turns(sides, scenario, measure_rate)
+    graphs = compiled_graphs() - graphs
     measured = {}
     for side_name, side in sides.items():
         typical = sorted(calls[side_name], key=lambda call: call["total"])[len(calls[side_name]) // 2]
@@ -419,6 +451,7 @@ def run(name: str, scenario: dict[str, Any], reference: bool = True, matmul_size
             "operations_per_image": {key: value / batch_size for key, value in operations[side_name].items()},
             "memory_mb": None if None in memory else median(memory),
             "warm_up": first.get(side_name),
+            "kernels_per_head_step": kernels[side_name],
             "whole_calls": side.plan.is_whole,
         }
     ours = sides["ours"]
@@ -433,6 +466,7 @@ def run(name: str, scenario: dict[str, Any], reference: bool = True, matmul_size
         "num_tokens": config.num_tokens,
         "sides": measured,
         "difference": difference,
+        "recompilations": None if scenario["compile"] is None else graphs,
         "matmul": {dtype: median(values) for dtype, values in rates.items()},
         "matmul_size": size,
         "machine": machine(device),

@@ -10,7 +10,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
@@ -20,6 +20,9 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from torch._dynamo.utils import counters
+from torch.autograd import DeviceType
+from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import mar_hf
@@ -33,6 +36,11 @@ from machine import describe_machine  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PARTS = ("encoder", "decoder", "head", "vae", "other")
+# Operators that make tensors or views and no numbers.
+NO_COMPUTATION = {
+    *("aten::as_strided", "aten::view", "aten::alias", "aten::detach", "aten::empty", "aten::empty_strided"),
+    *("aten::resolve_conj", "aten::resolve_neg", "aten::is_nonzero", "aten::item", "aten::_local_scalar_dense"),
+}
 # Sides of the square matrices whose product is the machine's rate.
 MATMUL_SIZE = 2048
 # The autoencoder of the released models: 16 channels at a 16th of the sides.
@@ -259,6 +267,31 @@ def flop_counter() -> FlopCounterMode:
     if hasattr(mkldnn, "_linear_pointwise"):
         formulas[mkldnn._linear_pointwise] = linear
     return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def count_kernels(device: str, call: Callable[[], None]) -> int:
+    """Kernels and copies that a GPU runs in a call; on a CPU, operators that compute and call no others.
+
+    Args:
+        device (`str`): where.
+        call (`Callable`): what to look at.
+
+    Returns:
+        `int`.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    with profile(use_device="cuda" if on_gpu else None, use_kineto=on_gpu) as profiled:
+        call()
+        now(device)
+    if on_gpu:
+        return sum(event.device_type == DeviceType.CUDA for event in profiled.function_events)
+    leaves = [event.name for event in profiled.function_events if not event.cpu_children]
+    return sum(name.startswith(("aten::", "mkldnn::")) and name not in NO_COMPUTATION for name in leaves)
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process so far, those of a recompilation too."""
+    return counters["stats"]["unique_graphs"]
 
 
 def matmul_rate(device: str, dtype: torch.dtype, size: int = MATMUL_SIZE, repeats: int = 3) -> float:

@@ -50,6 +50,11 @@ def table(result: dict[str, Any]) -> str:
         held = "" if memory is None else f"; memory above what was held before {memory:,.0f} MB"
         first = "" if side["warm_up"] is None else f", after a first that took {side['warm_up']:.1f} s longer"
         lines.append(f"{name}: {len(calls)} {kind} of {min(calls):.3f} to {max(calls):.3f} s{first}{held}")
+        if side["kernels_per_head_step"] is not None:
+            kind = "kernels" if "gpu" in result["machine"] else "operators"
+            lines[-1] += f"; {side['kernels_per_head_step']:.0f} {kind} a head step"
+    if result["recompilations"] is not None:
+        lines.append(f"compiled graphs made after the warm-up: {result['recompilations']}")
     if result["difference"] is not None:
         lines.append(_difference(result["difference"]))
     if "ratio" in result:

@@ -53,6 +53,8 @@ _BASE = {"model": "base", "settings": PAPER, "sampled_steps": 5, "repeats": 5}
 _FEWER = {"sampled_steps": 3, "repeats": 3}
 _HEAD = {**_BASE, "model_settings": ONE_LAYER, "part": "head", "sampled_steps": 8}
 _GPU = {"device": "cuda", "dtype": "bfloat16", "autocast": "bfloat16", "settings": PAPER, "parts_apart": True}
+# With CUDA graphs for the head's loop.
+_COMPILED = {"compile": {"mode": "reduce-overhead"}}
 
 SCENARIOS: dict[str, dict[str, Any]] = {
     "demo-cpu": {},
@@ -69,9 +71,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "head-cpu-batch4": {**_HEAD, **_FEWER, "batch_size": 4},
     "head-cpu-bf16": {**_HEAD, "dtype": "bfloat16"},
     **{
-        f"gpu-{model[0]}-{batch_size}": {**_GPU, "model": model, "batch_size": batch_size}
+        f"gpu-{model[0]}-{batch_size}{suffix}": {**_GPU, **compiled, "model": model, "batch_size": batch_size}
         for model in ("base", "large", "huge")
         for batch_size in (1, 16, 128)
+        for suffix, compiled in (("", {}), ("-compiled", _COMPILED))
     },
 }
 # Several scenarios by one name.

@@ -127,6 +127,7 @@ def test_our_pipeline_can_be_compiled(measure):
     assert record["compile"] == {"backend": "eager"} and record["difference"]["ours"] < 1e-4
     assert record["sides"]["ours"]["warm_up"] > 0
     assert any(line.startswith("ours: ") and ", after a first that took " in line for line in printed)
+    assert record["recompilations"] == 0 and "compiled graphs made after the warm-up: 0" in printed
     assert printed[-1].startswith("ratio ")
 
 
@@ -137,9 +138,13 @@ def test_half_precision_has_its_distance_from_float32(measure):
 
 
 def test_the_table_of_a_gpu_is_one_command(measure):
-    records, printed = measure("--preset", "gpu-b", "--device", "cpu", "--repeats", "2", steps=("2", "2"))
-    assert [record["batch_size"] for record in records] == [1, 16, 128]
+    # Some of them compile for CUDA graphs; here the same without a compiler.
+    words = ["--device", "cpu", "--repeats", "2", "--compile", '{"backend": "eager"}']
+    records, printed = measure("--preset", "gpu-b", *words, steps=("2", "2"))
+    assert [record["batch_size"] for record in records] == [1, 1, 16, 16, 128, 128]
+    assert [record["scenario"].endswith("-compiled") for record in records] == [False, True] * 3
     for record in records:
+        assert record["recompilations"] == 0
         # Both precisions are compared with float32; whole calls are timed, and the parts of others.
         assert record["difference"].keys() == {"equal", "ours", "plain"} and not record["difference"]["equal"]
         assert {side["dtype"] for side in record["sides"].values()} == {"bfloat16"} == set(record["matmul"])
@@ -147,6 +152,19 @@ def test_the_table_of_a_gpu_is_one_command(measure):
         assert all(side["seconds_per_image"]["head"] > 0 for side in record["sides"].values())
         assert sum(line.startswith(f"| {record['scenario']} | ") for line in printed) == 1
     assert printed[-1] == f"ratio {min(record['ratio'] for record in records):.2f}"
+
+
+def test_operators_of_a_head_step_are_counted(measure, folder):
+    [record], printed = measure("--repeats", "1")
+    counted = {name: side["kernels_per_head_step"] for name, side in record["sides"].items()}
+    # Token, block, output: three layers, norms and modulations at least; the reference modulates in every step.
+    layers = 3 * MARPipeline.from_pretrained(folder).transformer.config.head_config["num_layers"]
+    assert layers < counted["ours"] < counted["plain"] / 1.5
+    assert f"; {counted['ours']:.0f} operators a head step" in next(
+        line for line in printed if "ours: 1 calls" in line
+    )
+    [_, record], _ = measure("--repeats", "1", steps=("4", "1"))
+    assert record["sides"]["ours"]["kernels_per_head_step"] is None
 
 
 def test_the_head_alone_is_compared(measure):
@@ -189,7 +207,8 @@ def test_scenarios_say_what_can_be_measured(name):
 
 
 def test_groups_hold_scenarios():
-    assert len(scenarios.GROUPS["gpu"]) == 9
+    assert len(scenarios.GROUPS["gpu"]) == 18
+    assert {scenarios.SCENARIOS[name].get("compile") is None for name in scenarios.GROUPS["gpu"]} == {True, False}
     assert all(name in scenarios.SCENARIOS for names in scenarios.GROUPS.values() for name in names)
 
 
