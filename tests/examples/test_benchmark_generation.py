@@ -160,9 +160,7 @@ def test_operators_of_a_head_step_are_counted(measure, folder):
     # Token, block, output: three layers, norms and modulations at least; the reference modulates in every step.
     layers = 3 * MARPipeline.from_pretrained(folder).transformer.config.head_config["num_layers"]
     assert layers < counted["ours"] < counted["plain"] / 1.5
-    assert f"; {counted['ours']:.0f} operators a head step" in next(
-        line for line in printed if "ours: 1 calls" in line
-    )
+    assert any(line.endswith(f"; {counted['ours']:.0f} operators a head step") for line in printed)
     [_, record], _ = measure("--repeats", "1", steps=("4", "1"))
     assert record["sides"]["ours"]["kernels_per_head_step"] is None
 
