@@ -376,7 +376,7 @@ def test_demos_take_what_they_take(failing):
     failing("knows no classes: give it a `--prompt`", "generate", "--demo", "text", "--class-labels", "clock")
 
 
-@pytest.mark.parametrize("words, classes", [([], 12), (["emoji"], 12), (["text"], 0)])
+@pytest.mark.parametrize("words, classes", [([], 35), (["emoji"], 35), (["text"], 0)])
 def test_info_of_the_demos(words, classes, capsys):
     assert main(["info", "--demo", *words]) == 0
     assert f", {classes} classes" in capsys.readouterr().out

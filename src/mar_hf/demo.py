@@ -14,7 +14,7 @@ def demo_checkpoint(name: str = "emoji") -> str:
     """The folder of a small trained pipeline that ships with the package: emoji, 32 x 32 pixels.
 
     Args:
-        name (`str`, *optional*, defaults to `"emoji"`): `"emoji"` draws twelve classes; `"text"` draws what a text
+        name (`str`, *optional*, defaults to `"emoji"`): `"emoji"` draws 35 classes; `"text"` draws what a text
             says, with the text encoder of [`demo_text_encoder`].
 
     Returns:
