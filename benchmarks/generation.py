@@ -296,7 +296,8 @@ def kernels_per_head_step(side: Side) -> float | None:
         side ([`Side`]): one of the two.
 
     Returns:
-        `float`, *optional*: None where all tokens can't be made at once, or the settings have a single head step.
+        `float`, *optional*: None where all tokens can't be made at once, the settings have a single head step, or its
+        costs depend on the steps before.
     """
     num_tokens = side.pipe.transformer.config.num_tokens
     more = min(COUNTED_HEAD_STEPS, side.settings["num_diffusion_steps"] - 1)
@@ -307,8 +308,8 @@ def kernels_per_head_step(side: Side) -> float | None:
     if more < 1 or side.changed(STEP_BY_STEP):
         return None
     plans = [Plan([num_tokens], [steps], [(num_tokens, steps)]) for steps in (1, 1 + more)]
-    for plan in plans[: torch.device(side.device).type == "cuda"]:  # graphs are recorded once
-        side.generate(plan, None)
+    if torch.device(side.device).type == "cuda":
+        side.generate(plans[0], None)  # graphs are recorded once
     few, many = (count_kernels(side.device, partial(side.generate, plan, None)) for plan in plans)
     return (many - few) / more
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
 from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -291,6 +290,8 @@ def count_kernels(device: str, call: Callable[[], None]) -> int:
 
 def compiled_graphs() -> int:
     """Graphs that torch.compile has made in this process so far, those of a recompilation too."""
+    from torch._dynamo.utils import counters  # takes longer to import than all else here
+
     return counters["stats"]["unique_graphs"]
 
 

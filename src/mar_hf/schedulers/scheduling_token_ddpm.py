@@ -92,7 +92,7 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
             off the last timesteps.
 
     Raises:
-        ValueError: if a setting is none of those named.
+        ValueError: if a setting is none of those named, or the betas are not one for each step, between 0 and 1.
     """
 
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
