@@ -237,8 +237,8 @@ def main() -> None:
     emoji = [one for one in emoji if args.skin_tones or not one.toned]
     emoji = [one for one in emoji if not args.classes or one.label in args.classes]
     if args.max_per_class:
-        by_class = itertools.groupby(sorted(emoji, key=lambda one: one.label), key=lambda one: one.label)
-        emoji = [one for _, group in by_class for one in itertools.islice(group, args.max_per_class)]
+        places = collections.defaultdict(itertools.count)
+        emoji = [one for one in emoji if next(places[one.label]) < args.max_per_class]
     people = find_people(emoji)
     held_out = choose_held_out(people, args.hold_out)
     if args.hold_out and not held_out:

@@ -167,13 +167,8 @@ class Arguments:
 
     def __post_init__(self) -> None:
         steps = ("max_train_steps", "logging_steps", "validation_steps", "checkpointing_steps")
-        for name in (
-            *steps,
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "checkpoints_total_limit",
-            "validation_images",
-        ):
+        counts = ("train_batch_size", "gradient_accumulation_steps", "checkpoints_total_limit", "validation_images")
+        for name in (*steps, *counts):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
         for name in ("model_config", "generation_defaults"):

@@ -23,9 +23,10 @@ ACTIVATIONS = {nn.functional.gelu: ("gelu", "none"), nn.functional.silu: ("swish
 def onednn_linears(module: nn.Module) -> Iterator[None]:
     """Let the linear layers of a model compute by oneDNN: the same sums in another order, sooner.
 
-    MKL, which torch takes otherwise, reaches half of it on some AMD CPUs and nine tenths on others, and streams weights
-    slowly for a few rows. Each weight is copied into oneDNN's layout when it is first used, and the copy dropped at the end: that
-    takes as much memory as the weights, and nothing can be out of date when the model is trained in between.
+    MKL, which torch takes otherwise, reaches half of that on some AMD CPUs and nine tenths on others, and streams
+    weights slowly for a few rows. Each weight is copied into oneDNN's layout when it is first used, and the copy
+    dropped at the end: that takes as much memory as the weights, and nothing can be out of date when the model is
+    trained in between.
 
     Nothing happens on other devices and processors than x86, in other dtypes than float32 and bfloat16, under
     autocast, in models that are compiled or whose modules have a `forward` of their own (accelerate's hooks), in
