@@ -392,10 +392,10 @@ class DiffusionHead(TokenHead):
                 epsilon, variance = output[:batch].chunk(2, dim=-1)
                 if full:
                     unconditional = output[batch:].chunk(2, dim=-1)[0]
-                    change = unconditional - epsilon
+                    change = unconditional - epsilon if refresh > 1 else None
                 else:
                     unconditional = epsilon + change  # of the last full step
-                output = torch.cat([unconditional + guidance_scale * (epsilon - unconditional), variance], -1)
+                output = torch.cat([torch.lerp(unconditional, epsilon, guidance_scale), variance], -1)
             if own:
                 injected = None if noise is None else noise[:, :, step + 1]
                 stepped = scheduler.step(output, timestep, sample, temperature, injected, generator, return_dict=False)
@@ -434,14 +434,15 @@ class DiffusionHead(TokenHead):
     def _embed_condition(self, condition: torch.Tensor) -> torch.Tensor:
         return self.condition_proj(condition.to(self.condition_proj.weight.dtype))
 
-    def _modulations(self, time_embeddings: torch.Tensor, embedding: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    def _modulations(
+        self, time_embeddings: torch.Tensor, embedding: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, ...]]:
         """The modulations of one step after the other, from the embeddings of the times (S, 1, 1, w) and of the
         conditions (B, K, w). Those of as many steps as the memory bound allows are computed at once, at least one."""
         parts = 3 * len(self.blocks) + 2
         ahead = max(1, MODULATION_BYTES // (parts * max(1, embedding.numel()) * embedding.element_size()))
         for some in time_embeddings.split(ahead):
-            computed = list(self._modulate(some + embedding))
-            yield from ([modulation[step] for modulation in computed] for step in range(len(some)))
+            yield from zip(*(modulation.unbind() for modulation in self._modulate(some + embedding)), strict=True)
 
     def _modulate(self, embedding: torch.Tensor) -> Iterator[torch.Tensor]:
         """What the sum of the time's and the condition's embedding does: shift, 1 + scale and gate of each block, then

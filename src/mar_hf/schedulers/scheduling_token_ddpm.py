@@ -160,8 +160,11 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
         alphas_cumprod = self.alphas_cumprod[visited]
         # beta_i = 1 - abar_i / abar_(i-1)
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-        self._sampling_tables = _tables(alphas_cumprod, 1 - alphas_cumprod / previous)
+        tables = self._sampling_tables = _tables(alphas_cumprod, 1 - alphas_cumprod / previous)
         self.num_inference_steps = num_inference_steps
+        # The same as plain numbers, a dict for each index: `step` then reads no tensor.
+        rows = zip(*(table.tolist() for table in tables.values()), strict=True)
+        self._sampling_rows = [dict(zip(tables, row, strict=True)) for row in rows]
         self._index = {int(t): i for i, t in enumerate(visited)}
         self.timesteps = visited.flip(0).to(device)
 
@@ -194,7 +197,7 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
             timestep (`int` or `torch.Tensor`): one of `timesteps`.
             sample (`torch.Tensor` of shape `(..., token_dim)`): the noisy tokens.
             temperature (`float`, *optional*, defaults to 1.0): multiplies the injected noise.
-            noise (`torch.Tensor`, *optional*): the noise to inject, of the sample's shape; not used at t = 0.
+            noise (`torch.Tensor`, *optional*): the noise to inject, of the sample's shape; not used in the last step.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the noise, where none is given.
             return_dict (`bool`, *optional*, defaults to `True`): False gives a tuple.
 
@@ -214,17 +217,20 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
         index = self._index.get(int(timestep))
         if index is None:
             raise ValueError(f"`timestep` has to be one of {self.timesteps.tolist()}, got {int(timestep)}.")
-        row = {name: table[index].item() for name, table in self._sampling_tables.items()}
+        row = self._sampling_rows[index]
         epsilon, variance = model_output.float().chunk(2, dim=-1)
         sample = sample.float()
-        original = row["sqrt_recip_alphas_cumprod"] * sample - row["sqrt_recipm1_alphas_cumprod"] * epsilon
-        previous = row["posterior_mean_coef1"] * original + row["posterior_mean_coef2"] * sample
+        original = row["sqrt_recip_alphas_cumprod"] * sample
+        original = torch.add(original, epsilon, alpha=-row["sqrt_recipm1_alphas_cumprod"])
+        previous = row["posterior_mean_coef1"] * original
+        previous = torch.add(previous, sample, alpha=row["posterior_mean_coef2"])
         if index > 0:
             if noise is None:
                 noise = randn_tensor(sample.shape, generator=generator, device=sample.device)
-            fraction = (variance + 1) / 2
-            log_variance = fraction * row["log_betas"] + (1 - fraction) * row["posterior_log_variance_clipped"]
-            previous = previous + temperature * torch.exp(0.5 * log_variance) * noise
+            # Between the logarithms of the least and the largest variance, of which -1 and 1 are the ends.
+            least, most = row["posterior_log_variance_clipped"], row["log_betas"]
+            deviation = torch.exp((most - least) / 4 * variance + (most + least) / 4)
+            previous = torch.addcmul(previous, deviation, noise, value=temperature)
         if not return_dict:
             return previous, original
         return TokenDDPMSchedulerOutput(prev_sample=previous, pred_original_sample=original)
