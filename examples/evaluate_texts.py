@@ -68,6 +68,23 @@ class Arguments:
             raise ValueError("`guidance_scales` is empty.")
 
 
+def give_text_encoder(pipe: MARPipeline, pretrained: str | None) -> None:
+    """A text encoder for a pipeline that came without.
+
+    Args:
+        pipe ([`MARPipeline`]): of a model of texts.
+        pretrained (`str`, *optional*): folder or hub id; None: the pipeline has one.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if pretrained is not None:
+        text_encoder, tokenizer = load_text_encoder(pretrained)
+        pipe.register_modules(text_encoder=text_encoder.to(pipe.device), tokenizer=tokenizer)
+    elif pipe.text_encoder is None:
+        raise ValueError("The pipeline has no text encoder: give one with `pretrained_text_encoder`.")
+
+
 def read_rows(folder: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a split that have a role, with the path of their picture.
 
@@ -101,6 +118,22 @@ def read_pixels(pictures: Sequence[Image.Image], size: int) -> torch.Tensor:
     return torch.stack([torch.from_numpy(np.array(center_crop(one, size))).flatten() / 255 for one in pictures])
 
 
+def read_candidates(rows: Sequence[dict], size: int) -> dict[str, tuple[list[dict], torch.Tensor]]:
+    """Real pictures by role.
+
+    Args:
+        rows (`Sequence[dict]`): from `read_rows`.
+        size (`int`): side in pixels to compare at.
+
+    Returns:
+        `dict[str, tuple]`: of each role, the rows of all genders and tones, and their points.
+    """
+    by_role = defaultdict(list)
+    for row in rows:
+        by_role[row["role"]].append(row)
+    return {role: (own, read_pixels([Image.open(row["path"]) for row in own], size)) for role, own in by_role.items()}
+
+
 def nearest(
     points: torch.Tensor, wanted: Sequence[dict], candidates: dict[str, tuple[list[dict], torch.Tensor]]
 ) -> list:
@@ -109,7 +142,7 @@ def nearest(
     Args:
         points (`torch.Tensor` of shape `(n, d)`): generated pictures.
         wanted (`Sequence[dict]`): the row that each is judged by.
-        candidates (`dict`): by role, rows of all genders and tones, and their points.
+        candidates (`dict`): from `read_candidates`.
 
     Returns:
         `list[dict]`: rows.
@@ -246,16 +279,10 @@ def main(args: Arguments) -> None:
     if args.num_prompts is not None and args.num_prompts < len(wanted):
         wanted = [wanted[len(wanted) * number // args.num_prompts] for number in range(args.num_prompts)]
     pipe = load_pipeline(args.pretrained_model_name_or_path, make_accelerator())
-    if args.pretrained_text_encoder is not None:
-        text_encoder, tokenizer = load_text_encoder(args.pretrained_text_encoder)
-        pipe.register_modules(text_encoder=text_encoder.to(pipe.device), tokenizer=tokenizer)
+    give_text_encoder(pipe, args.pretrained_text_encoder)
     size = pipe.transformer.config.grid_height * pipe.vae.stride
-    by_role = defaultdict(list)
-    for row in [*splits["test"], *splits["train"]]:
-        by_role[row["role"]].append(row)
-    candidates = {
-        role: (rows, read_pixels([Image.open(row["path"]) for row in rows], size)) for role, rows in by_role.items()
-    }
+    candidates = read_candidates([*splits["test"], *splits["train"]], size)
+    by_role = {role: rows for role, (rows, _) in candidates.items()}
     everyone = [row for rows, _ in candidates.values() for row in rows]
     anyone = dict.fromkeys(by_role, (everyone, torch.cat([places for _, places in candidates.values()])))
     prompts = [row["text"][0] for row in wanted]

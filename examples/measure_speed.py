@@ -7,6 +7,10 @@ The settings take turns, round after round, each round with a seed of its own: w
 alike, and the rounds of the defaults show how much chance there is in a distance. `output_dir` gets `speed.json` (the
 curve that `mar_hf.generation.settings_for_budget` reads), `speed.md`, `speed.png` and `samples.png`. Started again, it
 goes on; the table and the number of rounds may grow. docs/speed.md says what the settings are.
+
+With `--captions`, a folder of `prepare_emoji.py --captions --hold-out`, a model of texts draws the captions held out.
+`texts_right` is the share of pictures whose nearest real one of their role has the gender and tone asked for, as in
+`evaluate_texts.py`.
 """
 
 import copy
@@ -22,6 +26,7 @@ from typing import Any
 import evaluate
 import matplotlib.pyplot as plt
 import torch
+from evaluate_texts import give_text_encoder, nearest, read_candidates, read_pixels, read_rows, shares
 from generate import (
     DTYPES,
     claim_folder,
@@ -61,7 +66,14 @@ class Arguments:
         default=str(TABLE),
         metadata={"help": "JSON: name of each setting -> arguments of the pipeline, the first none"},
     )
-    num_images_per_class: int = field(default=8, metadata={"help": "pictures of each class and round"})
+    captions: str | None = field(
+        default=None,
+        metadata={"help": "for models of texts: folder with `train` and `test`, whose captions are drawn"},
+    )
+    pretrained_text_encoder: str | None = field(
+        default=None, metadata={"help": "folder or hub id, where the pipeline comes without"}
+    )
+    num_images_per_class: int = field(default=8, metadata={"help": "pictures of each class or caption, and round"})
     num_rounds: int = field(default=5, metadata={"help": "each with a seed of its own"})
     batch_size: int = field(default=48, metadata={"help": "pictures at once"})
     seed: int = field(default=0, metadata={"help": "of the first round"})
@@ -137,36 +149,50 @@ def prepare(pipeline: MARPipeline, setting: dict[str, Any]) -> tuple[MARPipeline
 
 
 def make_pictures(
-    pipeline: MARPipeline, arguments: dict[str, Any], jobs: Sequence[tuple[int, int]], seed: int
+    pipeline: MARPipeline, arguments: dict[str, Any], jobs: Sequence[tuple[int | str, int]], seed: int
 ) -> torch.Tensor:
     """Pictures of one batch.
 
     Args:
         pipeline ([`MARPipeline`]): makes them.
         arguments (`dict[str, Any]`): of its call.
-        jobs (`Sequence[tuple[int, int]]`): class and number of each picture.
-        seed (`int`): a picture depends on it, its class and its number.
+        jobs (`Sequence[tuple[int | str, int]]`): class or caption of each picture, and its number.
+        seed (`int`): a picture depends on it and its job.
 
     Returns:
         `torch.Tensor` of shape `(len(jobs), 3, height, width)`: uint8, on the CPU.
     """
-    subjects = {"class_labels": [label for label, _ in jobs]}
-    if not is_conditional(pipeline):
-        subjects = {"num_images_per_prompt": len(jobs)}
-    generators = [image_generator(seed, label, number) for label, number in jobs]
-    images = pipeline(**subjects, **arguments, generator=generators, output_type="pt").images
+    subjects = [subject for subject, _ in jobs]
+    if isinstance(subjects[0], str):
+        given = {"prompt": subjects}
+    else:
+        given = {"class_labels": subjects} if is_conditional(pipeline) else {"num_images_per_prompt": len(jobs)}
+    generators = [image_generator(seed, *job) for job in jobs]
+    images = pipeline(**given, **arguments, generator=generators, output_type="pt").images
     return (images * 255).round().byte().cpu()
 
 
+def to_image(picture: torch.Tensor) -> Image.Image:
+    """A picture as Pillow has it.
+
+    Args:
+        picture (`torch.Tensor` of shape `(3, height, width)`): uint8.
+
+    Returns:
+        `PIL.Image.Image`.
+    """
+    return Image.fromarray(picture.permute(1, 2, 0).numpy())
+
+
 def measure(
-    pipeline: MARPipeline, arguments: dict[str, Any], jobs: Sequence[tuple[int, int]], batch_size: int, seed: int
+    pipeline: MARPipeline, arguments: dict[str, Any], jobs: Sequence[tuple[int | str, int]], batch_size: int, seed: int
 ) -> tuple[list[torch.Tensor], float, float]:
     """Pictures of a setting in a round, and how long they took.
 
     Args:
         pipeline ([`MARPipeline`]): makes them.
         arguments (`dict[str, Any]`): of its call.
-        jobs (`Sequence[tuple[int, int]]`): class and number of each picture.
+        jobs (`Sequence[tuple[int | str, int]]`): class or caption of each picture, and its number.
         batch_size (`int`): pictures at once.
         seed (`int`): of the round.
 
@@ -222,9 +248,8 @@ def draw_table(report: dict[str, Any]) -> str:
         `str`: a Markdown table; the cost is the distance beyond the defaults', in deviations between their rounds.
     """
     points = report["points"]
-    others = [
-        metric for metric in points[0]["metrics"] if metric.startswith(("kid", "precision", "recall", "classifier"))
-    ]
+    shown = ("kid", "precision", "recall", "classifier", "texts")
+    others = [metric for metric in points[0]["metrics"] if metric.startswith(shown)]
     head = [
         "setting",
         "seconds",
@@ -300,14 +325,25 @@ def main(args: Arguments) -> None:
     accelerator = make_accelerator()
     device = accelerator.device
     pipeline = load_pipeline(args.pretrained_model_name_or_path or str(demo_checkpoint()), accelerator, args.dtype)
+    config = pipeline.transformer.config
+    size = min(config.grid_height, config.grid_width) * pipeline.vae.stride
+    classes, rows, candidates = {}, [], {}
+    if args.captions is None:
+        classes = class_folders(pipeline)
+    elif config.text_dim is None:
+        raise ValueError(f"`captions` {args.captions!r} are for models of texts; this one knows classes.")
+    else:
+        give_text_encoder(pipeline, args.pretrained_text_encoder)
+        rows, others = (read_rows(pathlib.Path(args.captions) / split) for split in ("test", "train"))
+        candidates = read_candidates([*rows, *others], size)
     table = read_table(args.table, pipeline)
     variants = {name: prepare(pipeline, setting) for name, setting in table.items()}
-    config, classes = pipeline.transformer.config, class_folders(pipeline)
-    size = min(config.grid_height, config.grid_width) * pipeline.vae.stride
     wanted = {"reference": args.reference, "output_dir": args.output_dir, "batch_size": args.batch_size}
     wanted |= {name: getattr(args, name) for name in ("features", "weights", "classifier")}
     judge = evaluate.Judge(evaluate.Arguments(**wanted), size, list(classes.values()), device)
-    jobs = [(label, number) for label in classes for number in range(args.num_images_per_class)]
+    subjects = list(classes) or [row["text"][0] for row in rows]
+    jobs = [(subject, number) for subject in subjects for number in range(args.num_images_per_class)]
+    asked = [row for row in rows for _ in range(args.num_images_per_class)]
     if len(jobs) < 4:
         raise ValueError(
             f"`num_images_per_class` {args.num_images_per_class} makes {len(jobs)} pictures, fewer than 4."
@@ -335,6 +371,9 @@ def main(args: Arguments) -> None:
             if args.classifier:
                 labels = [classes[label] for label, _ in jobs]
                 metrics["classifier_accuracy"] = judge.classifier.accuracy(features["pixels"], labels)
+            if asked:
+                points = read_pixels([to_image(picture) for picture in pictures], size)
+                metrics["texts_right"] = shares(nearest(points, asked, candidates), asked)["both"]
             rounds.append(key | {"seconds": seconds, "seconds_alone": alone, "metrics": metrics})
             write_whole(file, json.dumps(rounds, indent=1).encode())
             first, value = next(iter(metrics.items()))
@@ -358,10 +397,9 @@ def main(args: Arguments) -> None:
     write_whole(output / "speed.json", (json.dumps(report, indent=2) + "\n").encode())
     write_whole(output / "speed.md", draw_table(report).encode())
     draw_curve(report, output / "speed.png")
-    firsts = [(label, 0) for label in list(classes)[:12]]
-    rows = [make_pictures(*variant, firsts, args.seed) for variant in variants.values()]
-    images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for row in rows for picture in row]
-    draw_grid(images, list(table)).save(output / "samples.png")
+    shown = [(subject, 0) for subject in subjects[:: max(1, len(subjects) // 12)][:12]]
+    pictures = [make_pictures(*variant, shown, args.seed) for variant in variants.values()]
+    draw_grid([to_image(one) for some in pictures for one in some], list(table)).save(output / "samples.png")
     print(draw_table(report))
     accelerator.end_training()
 

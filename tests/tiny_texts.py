@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text encoders with their tokenizers, small enough for tests: classes of transformers, random weights."""
+"""Text encoders with their tokenizers, small enough for tests: classes of transformers, random weights. Captions."""
+
+import itertools
+import json
 
 import torch
+from PIL import Image
 from transformers import (
     BertConfig,
     BertModel,
@@ -72,3 +76,20 @@ def tiny_text_encoder(kind: str = "t5", width: int = TEXT_DIM) -> PreTrainedMode
             if isinstance(module, torch.nn.Embedding):
                 torch.nn.init.normal_(module.weight)
     return encoder.eval()
+
+
+def write_people(folder):
+    """Two roles in two genders and three tones, each a colour of its own; two of them held out. Gives the folder."""
+    held_out = {("cook", "man", "dark"), ("pilot", "woman", "light")}
+    lines = {"train": [json.dumps({"file_name": "x.png", "text": ["a heart"], "role": ""})], "test": []}
+    everyone = itertools.product(("cook", "pilot"), ("man", "woman"), ("light", "dark", "medium"))
+    for number, (role, gender, tone) in enumerate(everyone):
+        split = "test" if (role, gender, tone) in held_out else "train"
+        (folder / split).mkdir(exist_ok=True)
+        picture = Image.new("RGB", (8, 8), (20 * number, 255 - 20 * number, 7 * number))
+        picture.save(folder / split / f"{number}.png")
+        row = {"role": role, "gender": gender, "tone": tone, "text": [f"{gender} {role}: {tone}"]}
+        lines[split].append(json.dumps({"file_name": f"{number}.png", **row}))
+    for split, rows in lines.items():
+        (folder / split / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return folder

@@ -12,51 +12,25 @@ from PIL import Image
 from example_runs import forget_accelerate
 from snippets import ROOT
 from tiny_pipelines import tiny_pipeline, tiny_text_pipeline, tiny_transformer
-from tiny_texts import TEXT, tiny_text_encoder, tiny_text_tokenizer
+from tiny_texts import TEXT, tiny_text_encoder, tiny_text_tokenizer, write_people
 
 
 sys.path.insert(0, str(ROOT / "examples"))
 
 import evaluate_texts  # noqa: E402
-from evaluate_texts import confusion, nearest, read_pixels, read_rows, shares  # noqa: E402
-
-
-GENDERS, TONES = ("man", "woman"), ("light", "dark", "medium")
-HELD_OUT = {("cook", "man", "dark"), ("pilot", "woman", "light")}
+from evaluate_texts import confusion, nearest, read_candidates, read_pixels, read_rows, shares  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory):
-    """Two roles in two genders and three tones, each a colour of its own; two of them held out."""
-    folder, number = tmp_path_factory.mktemp("people"), 0
-    lines = {"train": [json.dumps({"file_name": "x.png", "text": ["a heart"], "role": ""})], "test": []}
-    for role in ("cook", "pilot"):
-        for gender in GENDERS:
-            for tone in TONES:
-                split = "test" if (role, gender, tone) in HELD_OUT else "train"
-                (folder / split).mkdir(exist_ok=True)
-                Image.new("RGB", (8, 8), (20 * number, 255 - 20 * number, 7 * number)).save(
-                    folder / split / f"{number}.png"
-                )
-                row = {"role": role, "gender": gender, "tone": tone, "text": [f"{gender} {role}: {tone}"]}
-                lines[split].append(json.dumps({"file_name": f"{number}.png", **row}))
-                number += 1
-    for split, rows in lines.items():
-        (folder / split / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    return folder
+    return write_people(tmp_path_factory.mktemp("people"))
 
 
 def test_real_pictures_are_their_own_neighbours(people):
     rows = read_rows(people / "train") + read_rows(people / "test")
     assert len(rows) == 12 and len(read_rows(people / "test")) == 2
-    points = read_pixels([Image.open(row["path"]) for row in rows], 8)
-    candidates = {
-        role: (
-            [row for row in rows if row["role"] == role],
-            torch.stack([p for p, r in zip(points, rows) if r["role"] == role]),
-        )
-        for role in ("cook", "pilot")
-    }
+    points, candidates = read_pixels([Image.open(row["path"]) for row in rows], 8), read_candidates(rows, 8)
+    assert {role: len(own) for role, (own, _) in candidates.items()} == {"cook": 6, "pilot": 6}
     found = nearest(points, rows, candidates)
     assert found == rows and shares(found, rows) == {"both": 1.0, "gender": 1.0, "tone": 1.0}
     # A little noise changes nothing.
@@ -127,3 +101,11 @@ def test_data_without_roles_is_refused(tmp_path):
         (tmp_path / split / "metadata.jsonl").write_text('{"file_name": "a.png", "role": ""}', encoding="utf-8")
     with pytest.raises(ValueError, match="has no role, gender and tone in 'test'"):
         evaluate_texts.main(evaluate_texts.Arguments("none", str(tmp_path), str(tmp_path / "out")))
+
+
+def test_a_pipeline_without_a_text_encoder_needs_one(people, tmp_path):
+    pipe = tiny_pipeline(transformer=tiny_transformer(**TEXT, num_classes=0), id2label=None)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    arguments = evaluate_texts.Arguments(str(tmp_path / "pipeline"), str(people), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="no text encoder: give one with `pretrained_text_encoder`"):
+        evaluate_texts.main(arguments)

@@ -16,9 +16,11 @@ from mar_hf.cli import image_generator
 from mar_hf.generation import settings_for_budget
 from snippets import ROOT
 from tiny_pipelines import NAMES, tiny_pipeline, tiny_transformer
+from tiny_texts import TEXT, tiny_text_encoder, tiny_text_tokenizer, write_people
 
 
 sys.path.insert(0, str(ROOT / "examples"))
+import evaluate_texts  # noqa: E402
 import measure_speed  # noqa: E402
 
 
@@ -153,6 +155,41 @@ def test_a_model_without_classes(real, tmp_path):
     tiny_pipeline(transformer=tiny_transformer(num_classes=1), id2label=None).save_pretrained(tmp_path / "model")
     measure_speed.main(arguments(real, str(tmp_path / "model"), tmp_path))
     assert read(tmp_path)["num_images"] == 4
+
+
+def test_a_model_of_texts(real, tmp_path):
+    people, settings = write_people(tmp_path), {"num_images_per_class": 2}
+    pipe = tiny_pipeline(transformer=tiny_transformer(**TEXT, num_classes=0), id2label=None)
+    pipe.save_pretrained(tmp_path / "model")
+    model, table = str(tmp_path / "model"), {"defaults": {}, "steps 1": {"num_inference_steps": 1}}
+    with pytest.raises(ValueError, match="knows no classes, only texts"):
+        measure_speed.main(arguments(real, model, tmp_path, table, **settings))
+    settings["captions"] = str(people)
+    with pytest.raises(ValueError, match="no text encoder"):
+        measure_speed.main(arguments(real, model, tmp_path, table, **settings))
+    for part in (tiny_text_encoder(), tiny_text_tokenizer()):
+        part.save_pretrained(tmp_path / "encoder")
+    settings["pretrained_text_encoder"] = str(tmp_path / "encoder")
+    measure_speed.main(arguments(real, model, tmp_path, table, **settings))
+    report, rounds = read(tmp_path), read(tmp_path, "rounds.json")
+    assert (report["num_images"], [point["name"] for point in report["points"]]) == (4, list(table))
+    # The same pictures, judged by the script that is made for it.
+    rows = evaluate_texts.read_rows(people / "test")
+    candidates = evaluate_texts.read_candidates([*rows, *evaluate_texts.read_rows(people / "train")], 8)
+    pipe.register_modules(text_encoder=tiny_text_encoder().eval(), tokenizer=tiny_text_tokenizer())
+    jobs = [(row["text"][0], number) for row in rows for number in range(2)]
+    generators = [image_generator(0, *job) for job in jobs]
+    pictures = pipe(prompt=[caption for caption, _ in jobs], generator=generators).images
+    found = measure_speed.make_pictures(pipe, {}, jobs, seed=0).permute(0, 2, 3, 1).numpy()
+    assert (found == np.stack([np.asarray(picture) for picture in pictures])).all()
+    asked = [row for row in rows for _ in range(2)]
+    found = evaluate_texts.nearest(evaluate_texts.read_pixels(pictures, 8), asked, candidates)
+    assert rounds[0]["metrics"]["texts_right"] == evaluate_texts.shares(found, asked)["both"]
+
+
+def test_captions_are_not_for_models_of_classes(real, model, tmp_path):
+    with pytest.raises(ValueError, match="`captions` 'some' are for models of texts"):
+        measure_speed.main(arguments(real, model, tmp_path, captions="some"))
 
 
 def test_the_curve_of_given_rounds():
