@@ -142,8 +142,8 @@ class CachedLatents(Dataset):
             `int`: 0 without texts.
         """
         longest = 0
-        for path in self.folder.glob("shard-*.safetensors") if self.text_dim is not None else []:
-            with safe_open(path, framework="pt") as file:
+        for number in range(len(shard_sizes(self.index))) if self.text_dim is not None else []:
+            with safe_open(self.folder / shard_name(number), framework="pt") as file:
                 longest = max(longest, int(file.get_tensor("text_lengths").max()))
         return longest
 
