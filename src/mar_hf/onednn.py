@@ -148,7 +148,7 @@ class _ByOneDNN:
         self, hidden_states: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> torch.Tensor:
         weight, bias = self.layer.weight, self.layer.bias
-        few = hidden_states.numel() * len(weight) < FEW_PRODUCTS
+        few = hidden_states.numel() * self.layer.out_features < FEW_PRODUCTS
         other = weight is not self.weight or hidden_states.dtype != weight.dtype  # `functional_call` swaps weights
         # oneDNN's operator would cut the graph of gradients.
         if few or other or torch.is_grad_enabled():
