@@ -113,7 +113,9 @@ def class_folders(pipeline: MARPipeline, wanted: Sequence[str] | None = None) ->
     """
     limit = pipeline.transformer.config.num_classes
     if limit == 0:
-        raise ValueError("This model knows no classes, only texts: examples/evaluate_texts.py draws from these.")
+        raise ValueError(
+            "This model knows no classes, only texts: examples/evaluate_texts.py, measure_speed.py --captions."
+        )
     names = [re.sub(r"[/\\]", "-", class_name(pipeline, label)) for label in range(limit)]
     labels = range(limit) if wanted is None else choose_classes(pipeline, wanted)
     if beyond := [label for label in labels if label >= limit]:

@@ -335,6 +335,8 @@ def main(args: Arguments) -> None:
     else:
         give_text_encoder(pipeline, args.pretrained_text_encoder)
         rows, others = (read_rows(pathlib.Path(args.captions) / split) for split in ("test", "train"))
+        if not rows:
+            raise ValueError(f"`captions` {args.captions!r} has no role, gender and tone in 'test'.")
         candidates = read_candidates([*rows, *others], size)
     table = read_table(args.table, pipeline)
     variants = {name: prepare(pipeline, setting) for name, setting in table.items()}

@@ -36,6 +36,8 @@ def onednn_linears(module: nn.Module) -> Iterator[None]:
     (`torch.backends.mkldnn.flags(enabled=False)`).
     Where gradients are computed inside, as callbacks may, layers compute as ever.
 
+    One thing outlasts the block: glibc's allocator keeps up to 64 MiB of freed memory for the process.
+
     Args:
         module (`torch.nn.Module`): the model; its weights must not change inside.
 
@@ -43,10 +45,10 @@ def onednn_linears(module: nn.Module) -> Iterator[None]:
         nothing.
     """
     layers = _layers(module)
-    for layer in layers:
-        layer.forward = _ByOneDNN(layer)
     if layers:
         _keep_freed_memory()
+    for layer in layers:
+        layer.forward = _ByOneDNN(layer)
     try:
         yield
     finally:
@@ -75,13 +77,13 @@ def _layers(module: nn.Module) -> list[nn.Linear]:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep up to 64 MiB of what is freed, for the next step's buffers.
+    """Let glibc keep more of what is freed, for the next step's buffers: up to 64 MiB, from now on in this process.
 
-    Otherwise they go back to the system and come again page by page, which takes a twentieth of the head's time. It
-    keeps twice the size of the largest block, up to 32 MiB, that was ever freed: this one is never written to, so it
-    costs nothing. Elsewhere nothing happens.
+    Otherwise they go back to the system and come again page by page, which takes a twentieth of the head's time. glibc
+    keeps twice the size of the largest block, up to 32 MiB, that was ever mapped and freed; this one is not written
+    to. Where another allocator serves, or its settings are given (`MALLOC_TRIM_THRESHOLD_`), nothing changes.
     """
-    torch.empty(LARGEST_BLOCK, dtype=torch.uint8)
+    torch.empty(LARGEST_BLOCK, dtype=torch.uint8, device="cpu")
 
 
 def has_own_forward(module: nn.Module) -> bool:

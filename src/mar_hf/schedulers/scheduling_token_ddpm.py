@@ -136,7 +136,7 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
-        self._sampling_tables = self._train_tables
+        self._sampling_rows: list[dict[str, float]] = []
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -160,9 +160,9 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
         alphas_cumprod = self.alphas_cumprod[visited]
         # beta_i = 1 - abar_i / abar_(i-1)
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-        tables = self._sampling_tables = _tables(alphas_cumprod, 1 - alphas_cumprod / previous)
+        tables = _tables(alphas_cumprod, 1 - alphas_cumprod / previous)
         self.num_inference_steps = num_inference_steps
-        # The same as plain numbers, a dict for each index: `step` then reads no tensor.
+        # As plain numbers, a dict for each step, ascending in time: `step` then reads no tensor.
         rows = zip(*(table.tolist() for table in tables.values()), strict=True)
         self._sampling_rows = [dict(zip(tables, row, strict=True)) for row in rows]
         self._index = {int(t): i for i, t in enumerate(visited)}
