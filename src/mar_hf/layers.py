@@ -50,10 +50,11 @@ def eager_attention_forward(
         two `torch.Tensor`: output of shape `(batch, length, heads, head_dim)`, probabilities `(batch, heads, length,
         key_length)`.
     """
-    scores = query @ key.transpose(2, 3) * scaling
+    scores = (query * scaling) @ key.transpose(2, 3)
     if attention_mask is not None:
         scores = scores + attention_mask
-    probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    # In float32 inside, also where it gives half precision.
+    probabilities = nn.functional.softmax(scores, dim=-1).to(query.dtype)
     dropped = nn.functional.dropout(probabilities, p=dropout, training=module.training)
     return (dropped @ value).transpose(1, 2).contiguous(), probabilities
 
