@@ -114,7 +114,7 @@ def class_folders(pipeline: MARPipeline, wanted: Sequence[str] | None = None) ->
     limit = pipeline.transformer.config.num_classes
     if limit == 0:
         raise ValueError(
-            "This model knows no classes, only texts: examples/evaluate_texts.py, measure_speed.py --captions."
+            "This model knows no classes, only texts: see evaluate_texts.py, and `--captions` of measure_speed.py."
         )
     names = [re.sub(r"[/\\]", "-", class_name(pipeline, label)) for label in range(limit)]
     labels = range(limit) if wanted is None else choose_classes(pipeline, wanted)

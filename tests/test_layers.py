@@ -198,6 +198,17 @@ def test_eager_and_sdpa_agree_and_are_two_things():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_eager_attention_sums_in_float32(dtype):
+    # Equal scores and values of 1: summed in bfloat16, 4096 weights of 1 would stop at 256.
+    states = torch.zeros(1, 1, 4096, 8, dtype=dtype)
+    output, probabilities = layers.eager_attention_forward(
+        torch.nn.Identity(), states[:, :, :3], states, states + 1, attention_mask=None, scaling=0.5
+    )
+    assert output.dtype == dtype and output.shape == (1, 3, 1, 8)
+    assert (probabilities == 1 / 4096).all() and (output == 1).all()
+
+
 def test_flash_attention_leaves_masks_to_sdpa():
     states, context, added = inputs()
     found = attend(make("flash_attention_2"), states, context, added)

@@ -53,7 +53,7 @@ def eager_attention_forward(
     scores = (query * scaling) @ key.transpose(2, 3)
     if attention_mask is not None:
         scores = scores + attention_mask
-    # In float32 inside, also where it gives half precision.
+    # It sums in float32 in half precision too; autocast gives float32.
     probabilities = nn.functional.softmax(scores, dim=-1).to(query.dtype)
     dropped = nn.functional.dropout(probabilities, p=dropout, training=module.training)
     return (dropped @ value).transpose(1, 2).contiguous(), probabilities
@@ -214,7 +214,7 @@ class ContextAttention(nn.Module):
         inputs = hidden_states[: len(key)]
         if key.ndim == 3:
             scores = torch.baddbmm(attention_mask, inputs, key.transpose(1, 2)).unflatten(-1, (self.num_heads, -1))
-            probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+            probabilities = nn.functional.softmax(scores, dim=-1).to(value.dtype)
             output = torch.baddbmm(self.proj.bias, probabilities.flatten(-2), value)
         else:
             query = self.query(inputs).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
