@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional
 
 from mar_hf import DiffusionHead, MARForImageGeneration, MARPipeline, TokenDDPMScheduler
-from mar_hf.layers import BackboneLayer
 from mar_hf.models import MARModel
+from mar_hf.models.layers import BackboneLayer
 from mar_hf.schedulers.scheduling_token_ddpm import respaced_timesteps
 
 

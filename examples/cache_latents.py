@@ -31,7 +31,7 @@ from training_utils import make_accelerator, parse_arguments
 from transformers import PreTrainedModel
 
 from mar_hf import ImageTokenizer
-from mar_hf.conditioning import load_text_encoder
+from mar_hf.models import load_text_encoder
 from mar_hf.utils import atomic_folder
 
 

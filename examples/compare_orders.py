@@ -39,7 +39,8 @@ from train_tokenizer import latent_statistics, some_pictures
 from training_utils import make_accelerator, parse_arguments
 
 from mar_hf import ImageTokenizer, MARPipeline
-from mar_hf.cli import draw_grid, image_generator
+from mar_hf.cli import image_generator
+from mar_hf.utils import draw_grid
 
 
 EXAMPLES = pathlib.Path(__file__).parent

@@ -55,7 +55,7 @@ from metrics import (
 from PIL import Image
 from training_utils import make_accelerator, parse_arguments
 
-from mar_hf.cli import draw_grid
+from mar_hf.utils import draw_grid
 
 
 NUMBERS = {

@@ -29,9 +29,9 @@ from tqdm.auto import tqdm
 from training_utils import make_accelerator, parse_arguments
 
 from mar_hf import MARPipeline
-from mar_hf.cli import draw_grid, image_generator
-from mar_hf.conditioning import load_text_encoder
-from mar_hf.utils import atomic_folder
+from mar_hf.cli import image_generator
+from mar_hf.models import load_text_encoder
+from mar_hf.utils import atomic_folder, draw_grid
 
 
 ATTRIBUTES = ("gender", "tone")

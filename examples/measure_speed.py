@@ -43,8 +43,9 @@ from PIL import Image
 from training_utils import make_accelerator, parse_arguments
 
 from mar_hf import MARPipeline, demo_checkpoint
-from mar_hf.cli import draw_grid, image_generator
+from mar_hf.cli import image_generator
 from mar_hf.generation import look_up
+from mar_hf.utils import draw_grid
 
 
 TABLE = pathlib.Path(__file__).parent / "configs" / "speed.json"

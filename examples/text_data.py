@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mar_hf.conditioning import encode_texts
+from mar_hf.models import encode_texts
 
 
 def caption_choices(captions: Sequence[str], templates: Sequence[str], label: str = "") -> list[str]:

@@ -61,11 +61,9 @@ from mar_hf import (
     TokenDDPMScheduler,
     build_model_card,
 )
-from mar_hf.cli import draw_grid
-from mar_hf.conditioning import check_text_encoder, encode_texts, load_text_encoder
 from mar_hf.generation import TOKEN_SCHEDULES, look_up
-from mar_hf.models import BACKBONES
-from mar_hf.utils import atomic_folder
+from mar_hf.models import BACKBONES, check_text_encoder, encode_texts, load_text_encoder
+from mar_hf.utils import atomic_folder, draw_grid
 
 
 logger = get_logger(__name__)

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mar_hf import ARConfig, ImageTokenizerConfig, MARPipeline
-from mar_hf.cli import CELL, choose_classes, draw_grid, image_generator, main
+from mar_hf.cli import choose_classes, image_generator, main
 from mar_hf.conversion import convert_checkpoint
 from mar_hf.demo import TEXT_ENCODER_PACKAGE
 from tiny_pipelines import tiny_pipeline, tiny_transformer
@@ -86,7 +86,7 @@ def test_generate_a_grid_and_single_pictures(named, tmp_path, capsys):
     expected = [f"{label}-{number:03d}.png" for label in ("0000-cat", "0002-red-fox") for number in range(3)]
     assert sorted(pictures(folder)) == expected
     image = Image.open(grid)
-    size = 64 * 2  # the picture's size, enlarged to at least CELL
+    size = 64 * 2  # the picture's size, enlarged to at least mar_hf.utils.CELL
     assert image.height == 2 * (size + 4) + 4
     # The first picture of the first row stands where the labels end.
     left = image.width - 3 * (size + 4)
@@ -150,41 +150,6 @@ def test_the_grid_is_what_comes_by_default(model, tmp_path, monkeypatch, capsys)
     assert main(["generate", model, "--num-images-per-class", "1", *FEW_STEPS]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["samples.png"]
     assert capsys.readouterr().out.startswith("10 pictures in ")
-
-
-def test_a_grid_of_small_pictures_is_enlarged():
-    images = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
-    grid = draw_grid(images, ["a", "a name too long for one line before its row of pictures " * 3])
-    assert grid.height == 2 * (CELL + 4) + 4
-    assert grid.getpixel((grid.width - 10, 10)) == (255, 0, 0)
-    assert grid.getpixel((grid.width - 10, grid.height - 10)) == (0, 0, 255)
-    assert grid.width < 400
-
-
-def test_many_rows_stand_in_blocks_side_by_side():
-    colours = [(index, 0, 0) for index in range(35)]
-    images = [Image.new("RGB", (96, 96), colour) for colour in colours for _ in range(2)]
-    grid = draw_grid(images, [f"name {index}" for index in range(35)])
-    width, step = grid.width // 3, CELL + 4
-    assert grid.height == 12 * step + 4
-    for index, colour in enumerate(colours):
-        block, row = divmod(index, 12)
-        for column in range(2):
-            right = (block + 1) * width - (1 - column) * step - 10
-            assert grid.getpixel((right, 10 + row * step)) == colour
-    assert grid.getpixel((grid.width - 10, grid.height - 10)) == (255, 255, 255), "35 names leave one place"
-
-
-def test_names_are_written_in_full_on_three_lines():
-    def ink(*names):
-        labels = draw_grid([Image.new("RGB", (96, 96), "white")] * len(names), names)
-        return (np.asarray(labels.convert("L"))[: CELL + 4] < 128).any(1).sum()
-
-    one = ink("woman cook")
-    two = ink("woman cook: medium-dark skin tone")
-    three = ink("woman cook: medium-dark skin tone, at the door of a kitchen")
-    assert 0 < one < two < three < CELL
-    assert ink("woman cook " * 20) < CELL, "the rest is left out"
 
 
 def test_info_of_a_pipeline(named, capsys):

@@ -30,6 +30,62 @@ FROZEN_PATHS = {
 HEAVY = ("datasets", "matplotlib", "torchvision", "timm", "scipy", "tensorboard", "gradio", "torchmetrics")
 
 
+# The rooms, the highest first: an import points down this list, or stays inside its room.
+ROOMS = [
+    "cli",
+    "evaluation",
+    "training",
+    "conversion",
+    "pipelines",
+    "models",
+    "heads",
+    "generation",
+    "tokenizers",
+    "schedulers",
+    "demo",
+    "hub",
+    "onednn",
+    "loading",
+    "utils",
+]
+LONGEST_FUNCTION = 60  # lines of code, the docstring not counted
+
+
+def own_imports(path):
+    """The modules of the package that a file of it imports, as dotted names below `mar_hf`; for types too."""
+    package = path.relative_to(ROOT / "src" / "mar_hf").with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "mar_hf"}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join([*package[: len(package) - node.level], *([node.module] if node.module else [])])
+            # `from . import x` and `from .room import module` may name modules.
+            found |= {f"{base}.{alias.name}".lstrip(".") for alias in node.names}
+    return found
+
+
+def module_of(name):
+    """The file's own dotted name that an imported name belongs to."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        place = ROOT / "src" / "mar_hf" / Path(*parts[:end])
+        if place.with_suffix(".py").exists():
+            return ".".join(parts[:end])
+        if place.is_dir():
+            return ".".join([*parts[:end], "__init__"])
+    raise AssertionError(f"{name} is no module of the package")
+
+
+IMPORTS = {
+    ".".join(path.relative_to(ROOT / "src" / "mar_hf").with_suffix("").parts): {
+        module_of(name) for name in own_imports(path)
+    }
+    for path in SOURCES
+    if path.parent.name != "mar_hf" or path.name != "__init__.py"
+}
+
+
 def dotted(node):
     """`torch.manual_seed` of the expression of that name; the last part only where the rest is no plain name."""
     if isinstance(node, ast.Attribute):
@@ -79,6 +135,39 @@ def test_the_version_is_the_installed_one():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_library_code_does_nothing_behind_the_users_back(path):
     assert banned(path.read_text(encoding="utf-8"), may_print=path.name == "cli.py") == []
+
+
+def test_the_search_for_imports_finds_them():
+    assert "models.layers" in IMPORTS["models.modeling_mar"]
+    assert "heads.__init__" in IMPORTS["models.configuration_backbone"]
+    assert "utils" in IMPORTS["generation.orders"]
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_imports_point_down(module):
+    room = module.split(".")[0]
+    above = [name for name in IMPORTS[module] if ROOMS.index(name.split(".")[0]) < ROOMS.index(room)]
+    assert above == []
+
+
+def test_imports_have_no_circle():
+    left = {module: set(names) for module, names in IMPORTS.items()}
+    while free := [module for module, names in left.items() if not names & left.keys()]:
+        for module in free:
+            del left[module]
+    assert sorted(left) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_function_is_long(path):
+    long = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            size = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            if size > LONGEST_FUNCTION:
+                long.append(f"{node.name}: {size}")
+    assert long == []
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import numpy as np
 import pytest
+from PIL import Image
 
-from mar_hf.utils import atomic_folder
+from mar_hf.utils import CELL, atomic_file, atomic_folder, draw_grid
 
 
 def names(folder):
@@ -99,3 +101,65 @@ def test_the_working_directory_by_its_short_name(tmp_path, monkeypatch):
         (folder / "x.txt").write_text("x")
     assert names(tmp_path) == ["cwd"]
     assert names(tmp_path / "cwd") == ["x.txt"]
+
+
+def test_a_file_is_replaced_when_the_body_ends(tmp_path):
+    dst = tmp_path / "a" / "b.txt"
+    with atomic_file(dst) as path:
+        path.write_text("one")
+        assert path.suffix == ".txt" and not dst.exists()
+    with atomic_file(dst) as path:
+        path.write_text("two")
+        assert dst.read_text() == "one"
+    assert dst.read_text() == "two" and names(tmp_path / "a") == ["b.txt"]
+
+
+def test_an_error_leaves_the_old_file(tmp_path):
+    dst = tmp_path / "b.txt"
+    dst.write_text("old")
+    with pytest.raises(OSError, match="full"):
+        with atomic_file(dst) as path:
+            path.write_text("half")
+            raise OSError("full")
+    assert dst.read_text() == "old" and names(tmp_path) == ["b.txt"]
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        with atomic_file(tmp_path):
+            pass
+
+
+def test_a_grid_of_small_pictures_is_enlarged():
+    images = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
+    grid = draw_grid(images, ["a", "a name too long for one line before its row of pictures " * 3])
+    assert grid.height == 2 * (CELL + 4) + 4
+    assert grid.getpixel((grid.width - 10, 10)) == (255, 0, 0)
+    assert grid.getpixel((grid.width - 10, grid.height - 10)) == (0, 0, 255)
+    assert grid.width < 400
+
+
+def test_many_rows_stand_in_blocks_side_by_side():
+    colours = [(index, 0, 0) for index in range(35)]
+    images = [Image.new("RGB", (96, 96), colour) for colour in colours for _ in range(2)]
+    grid = draw_grid(images, [f"name {index}" for index in range(35)])
+    width, step = grid.width // 3, CELL + 4
+    assert grid.height == 12 * step + 4
+    for index, colour in enumerate(colours):
+        block, row = divmod(index, 12)
+        for column in range(2):
+            right = (block + 1) * width - (1 - column) * step - 10
+            assert grid.getpixel((right, 10 + row * step)) == colour
+    assert grid.getpixel((grid.width - 10, grid.height - 10)) == (255, 255, 255), "35 names leave one place"
+
+
+def test_names_are_written_in_full_on_three_lines():
+    def ink(*names):
+        labels = draw_grid([Image.new("RGB", (96, 96), "white")] * len(names), names)
+        return (np.asarray(labels.convert("L"))[: CELL + 4] < 128).any(1).sum()
+
+    one = ink("woman cook")
+    two = ink("woman cook: medium-dark skin tone")
+    three = ink("woman cook: medium-dark skin tone, at the door of a kitchen")
+    assert 0 < one < two < three < CELL
+    assert ink("woman cook " * 20) < CELL, "the rest is left out"

@@ -6,8 +6,8 @@ from diffusers import AutoencoderKL
 
 from common import MODELS, tiny_config
 from mar_hf import ImageTokenizer, ImageTokenizerConfig, MARPipeline, TokenDDPMScheduler
-from mar_hf.layers import ContextAttention
 from mar_hf.models import BackbonePreTrainedModel
+from mar_hf.models.layers import ContextAttention
 from tiny_texts import TEXT, tiny_text_encoder, tiny_text_tokenizer
 
 

@@ -5,7 +5,6 @@ import argparse
 import hashlib
 import re
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,27 +14,18 @@ import diffusers
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 
-from .conditioning import load_text_encoder
-from .conversion import (
-    ORIGINAL_SCALING_FACTOR,
-    convert_checkpoint,
-    export_checkpoint,
-    read_config,
-    read_json,
-    weight_files,
-)
+from .conversion import ORIGINAL_SCALING_FACTOR, convert_checkpoint, export_checkpoint
+from .conversion.checkpoints import read_config, read_json, weight_files
 from .demo import DEMO_CHECKPOINTS, demo_checkpoint, demo_text_encoder
-from .models import BACKBONES, ARConfig
+from .models import BACKBONES, ARConfig, load_text_encoder
 from .pipelines import MARPipeline
 from .tokenizers import ImageTokenizer, ImageTokenizerConfig
+from .utils import draw_grid
 
 
 FEW_CLASSES = 40
-MAX_ROWS = 16  # of a grid; more go into blocks side by side
-CELL = 96  # smaller pictures are enlarged to at least this in the grid, by whole factors
 SETTINGS = ("num_inference_steps", "num_diffusion_steps", "guidance_scale", "temperature")
 
 
@@ -258,36 +248,6 @@ def image_generator(seed: int, label: int | str, number: int) -> torch.Generator
     """The random generator of one picture: it depends on seed, class or text, and number alone."""
     digest = hashlib.sha256(f"{seed}/{label}/{number}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def draw_grid(images: Sequence[Image.Image], names: Sequence[str]) -> Image.Image:
-    """One row of pictures for each name, with the name before it; many rows stand in blocks side by side.
-
-    Args:
-        images (`Sequence[PIL.Image.Image]`): all of one size, row after row, as many for every name.
-        names (`Sequence[str]`): one for each row, on at most three lines.
-
-    Returns:
-        `PIL.Image.Image`: RGB. Small pictures are enlarged by a whole factor, without smoothing.
-    """
-    gap, columns = 4, len(images) // len(names)
-    blocks = -(-len(names) // MAX_ROWS)
-    rows = -(-len(names) // blocks)
-    factor = max(1, -(-CELL // images[0].width))
-    width, height = images[0].width * factor, images[0].height * factor
-    font = ImageFont.load_default(size=16)
-    texts = [textwrap.fill(name, 28, max_lines=3, placeholder="...") for name in names]
-    left = max(round(font.getlength(line)) for text in texts for line in text.split("\n")) + 4 * gap
-    block = left + columns * (width + gap)
-    grid = Image.new("RGB", (blocks * block, rows * (height + gap) + gap), "white")
-    draw = ImageDraw.Draw(grid)
-    for index, text in enumerate(texts):
-        start, top = index // rows * block + left, gap + index % rows * (height + gap)
-        draw.text((start - 2 * gap, top + height // 2), text, fill="black", font=font, anchor="rm", align="right")
-        for column, image in enumerate(images[index * columns : (index + 1) * columns]):
-            enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-            grid.paste(enlarged, (start + column * (width + gap), top))
-    return grid
 
 
 def describe(folder: Path) -> list[tuple[str, str]]:

@@ -2,12 +2,38 @@
 """Small things that several modules need."""
 
 import os
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
+
+
+MAX_ROWS = 16  # of a grid; more go into blocks side by side
+CELL = 96  # smaller pictures are enlarged to at least this in the grid, by whole factors
+
+
+def look_up(table: dict[str, Any], name: str, argument: str) -> Any:
+    """An entry of one of the tables.
+
+    Args:
+        table (`dict[str, Any]`): the table.
+        name (`str`): the entry's name.
+        argument (`str`): the argument that named it, for the message.
+
+    Returns:
+        `Any`: the entry.
+
+    Raises:
+        ValueError: if the table has no such name; lists those it has.
+    """
+    if not isinstance(name, str) or name not in table:
+        raise ValueError(f"`{argument}` has to be one of {sorted(table)}, got {name!r}.")
+    return table[name]
 
 
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
@@ -102,3 +128,63 @@ def atomic_folder(dst: str | os.PathLike, overwrite: bool = False) -> Iterator[P
             if old.exists():
                 old.rename(target)
             raise
+
+
+@contextmanager
+def atomic_file(dst: str | os.PathLike) -> Iterator[Path]:
+    """Write a file completely or not at all.
+
+    The body writes to a path beside `dst`. When it ends, that file takes the place of `dst`; when it raises, it is
+    removed and what stood at `dst` before is untouched.
+
+    Args:
+        dst (`str` or `os.PathLike`): the file to write. Missing parents are made.
+
+    Yields:
+        `pathlib.Path`: the path to write to; it ends as `dst` does, since Pillow, numpy and others look at that.
+
+    Raises:
+        `ValueError`: if `dst` is a folder.
+
+    Example:
+        >>> with atomic_file("grid.png") as path:
+        ...     image.save(path)
+    """
+    target = Path(dst)
+    if target.is_dir():
+        raise ValueError(f"`dst` must be a file, but {str(target)!r} is a folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as holder:
+        partial = Path(holder, target.name)
+        yield partial
+        os.replace(partial, target)
+
+
+def draw_grid(images: Sequence[Image.Image], names: Sequence[str]) -> Image.Image:
+    """One row of pictures for each name, with the name before it; many rows stand in blocks side by side.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`): all of one size, row after row, as many for every name.
+        names (`Sequence[str]`): one for each row, on at most three lines.
+
+    Returns:
+        `PIL.Image.Image`: RGB. Small pictures are enlarged by a whole factor, without smoothing.
+    """
+    gap, columns = 4, len(images) // len(names)
+    blocks = -(-len(names) // MAX_ROWS)
+    rows = -(-len(names) // blocks)
+    factor = max(1, -(-CELL // images[0].width))
+    width, height = images[0].width * factor, images[0].height * factor
+    font = ImageFont.load_default(size=16)
+    texts = [textwrap.fill(name, 28, max_lines=3, placeholder="...") for name in names]
+    left = max(round(font.getlength(line)) for text in texts for line in text.split("\n")) + 4 * gap
+    block = left + columns * (width + gap)
+    grid = Image.new("RGB", (blocks * block, rows * (height + gap) + gap), "white")
+    draw = ImageDraw.Draw(grid)
+    for index, text in enumerate(texts):
+        start, top = index // rows * block + left, gap + index % rows * (height + gap)
+        draw.text((start - 2 * gap, top + height // 2), text, fill="black", font=font, anchor="rm", align="right")
+        for column, image in enumerate(images[index * columns : (index + 1) * columns]):
+            enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            grid.paste(enlarged, (start + column * (width + gap), top))
+    return grid

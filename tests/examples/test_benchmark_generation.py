@@ -19,9 +19,10 @@ from tiny_pipelines import tiny_kl, tiny_pipeline
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import generation  # noqa: E402
 import scenarios  # noqa: E402
 from measuring import PARTS, Memory, quiet  # noqa: E402
+
+import generation  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoTokenizer, T5EncoderModel
 
 from common import assert_same_tensors
-from mar_hf.conditioning import load_text_encoder
+from mar_hf.models import load_text_encoder
 from snippets import ROOT
 
 

@@ -11,7 +11,7 @@ from test_train import NO_DROPOUT, equal, losses, run, weights, write_pictures
 
 from example_runs import SIZES, forget_accelerate
 from mar_hf import MARPipeline
-from mar_hf.conditioning import load_text_encoder
+from mar_hf.models import load_text_encoder
 from snippets import ROOT
 from tiny_texts import TEXT_DIM, tiny_text_encoder, tiny_text_tokenizer
 

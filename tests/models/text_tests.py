@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common import MODELS, relative_error, seeded, tiny_config, tiny_model
-from mar_hf.conditioning import TextContext
+from mar_hf.models import TextContext
 from tiny_texts import TEXT, TEXT_DIM
 
 

@@ -12,7 +12,7 @@ from test_pipeline_mar_errors import refuse
 from transformers import T5Config, T5Model
 
 from mar_hf import MARPipeline
-from mar_hf.conditioning import encode_texts
+from mar_hf.models import encode_texts
 from tiny_pipelines import NAMES, seeds, tiny_pipeline, tiny_text_pipeline, tiny_transformer
 from tiny_texts import TEXT, TEXT_DIM, TEXT_ENCODERS, tiny_text_encoder, tiny_text_tokenizer
 

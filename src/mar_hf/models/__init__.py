@@ -10,6 +10,7 @@ from .modeling_ar import ARForImageGeneration, ARModel, ARPreTrainedModel
 from .modeling_backbone import BackbonePreTrainedModel, add_context_noise
 from .modeling_mar import MARForImageGeneration, MARModel, MARPreTrainedModel
 from .modeling_outputs import BackboneOutput
+from .text_context import TextAligner, TextContext, check_text_encoder, encode_texts, load_text_encoder
 
 
 # `model_type` of a configuration -> configuration, backbone, backbone with its head.
@@ -35,5 +36,10 @@ __all__ = [
     "MARForImageGeneration",
     "MARModel",
     "MARPreTrainedModel",
+    "TextAligner",
+    "TextContext",
     "add_context_noise",
+    "check_text_encoder",
+    "encode_texts",
+    "load_text_encoder",
 ]

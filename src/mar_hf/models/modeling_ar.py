@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
 
-from ..conditioning import TextAligner, TextContext
 from ..generation import sample_tokens_per_step
-from ..layers import BackboneLayer
 from ..utils import check_generator
 from .configuration_ar import ARConfig
+from .layers import BackboneLayer
 from .modeling_backbone import BackbonePreTrainedModel, TokenHeadMixin
 from .modeling_outputs import BackboneOutput
+from .text_context import TextAligner, TextContext
 
 
 # What stands in a slot of the sequence in place of a token's rank, and where none is asked for.

@@ -8,14 +8,14 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 
-from ..conditioning import TextContext
 from ..generation import GENERATION_ORDERS
 from ..heads import TOKEN_HEADS
-from ..layers import BackboneLayer, ContextStates, ZeroLinear
 from ..loading import StrictLoadingMixin
 from ..utils import draw
 from .configuration_backbone import BackboneConfig
+from .layers import BackboneLayer, ContextStates, ZeroLinear
 from .modeling_outputs import BackboneOutput
+from .text_context import TextContext
 
 
 class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..conditioning import TextAligner, TextContext
 from ..generation import sample_mask, sample_num_masked
-from ..layers import BackboneLayer, pick
 from ..utils import check_generator
 from .configuration_mar import MARConfig
+from .layers import BackboneLayer, pick
 from .modeling_backbone import BackbonePreTrainedModel, TokenHeadMixin
 from .modeling_outputs import BackboneOutput
+from .text_context import TextAligner, TextContext
 
 
 class MARPreTrainedModel(BackbonePreTrainedModel):

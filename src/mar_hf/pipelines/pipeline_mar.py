@@ -14,8 +14,6 @@ from diffusers.utils import logging, replace_example_docstring
 from huggingface_hub import create_repo, file_exists
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..compilation import compile_transformer
-from ..conditioning import check_text_encoder
 from ..generation import (
     GENERATION_ORDERS,
     GUIDANCE_SCHEDULES,
@@ -25,10 +23,11 @@ from ..generation import (
     look_up,
 )
 from ..hub import build_model_card
-from ..models import ARForImageGeneration, MARForImageGeneration, add_context_noise
+from ..models import ARForImageGeneration, MARForImageGeneration, add_context_noise, check_text_encoder
 from ..onednn import onednn_linears
 from ..tokenizers import ImageTokenizer
-from .guidance import GuidedBackbone
+from .compilation import compile_transformer
+from .guided_backbone import GuidedBackbone
 from .prompts import PromptMixin
 
 

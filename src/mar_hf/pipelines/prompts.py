@@ -8,7 +8,7 @@ import torch
 from diffusers.utils import logging
 from torch.nn.functional import pad
 
-from ..conditioning import TextContext, encode_texts
+from ..models import TextContext, encode_texts
 
 
 logger = logging.get_logger(__name__)

@@ -6,8 +6,7 @@ from collections.abc import Callable
 import torch
 from transformers import Cache
 
-from ..conditioning import TextContext
-from ..models import ARForImageGeneration, MARForImageGeneration
+from ..models import ARForImageGeneration, MARForImageGeneration, TextContext
 
 
 class GuidedBackbone:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
-from .layers import BackboneLayer, BackboneMLP
-from .models import ARForImageGeneration, MARForImageGeneration
+from ..models import ARForImageGeneration, MARForImageGeneration
+from ..models.layers import BackboneLayer, BackboneMLP
 
 
 logger = logging.get_logger(__name__)

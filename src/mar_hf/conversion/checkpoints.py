@@ -2,7 +2,7 @@
 """Original MAR checkpoints and LDM-format KL autoencoders to `mar_hf` folders, and back.
 
 A conversion uses every tensor exactly once, or it stops and names the ones that do not fit. Here are the files; the
-names of the tensors are in `conversion_names`, the configurations in `conversion_configs`.
+names of the tensors are in `names`, the configurations in `configs`.
 """
 
 import argparse
@@ -24,7 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
-from .conversion_configs import (
+from ..models import MARConfig, MARForImageGeneration
+from ..pipelines import MARPipeline
+from ..schedulers import TokenDDPMScheduler
+from ..tokenizers import ImageTokenizer, ImageTokenizerConfig
+from ..utils import atomic_folder
+from .configs import (
     ORIGINAL_SCALING_FACTOR,
     fit_patch_size,
     generation_defaults,
@@ -32,7 +37,7 @@ from .conversion_configs import (
     infer_mar_config,
     original_arguments,
 )
-from .conversion_names import (
+from .names import (
     StateDict,
     convert_kl_state_dict,
     convert_mar_state_dict,
@@ -40,23 +45,7 @@ from .conversion_names import (
     export_mar_state_dict,
     listed,
 )
-from .models import MARConfig, MARForImageGeneration
-from .pipelines import MARPipeline
-from .schedulers import TokenDDPMScheduler
-from .tokenizers import ImageTokenizer, ImageTokenizerConfig
-from .utils import atomic_folder
 
-
-__all__ = [
-    "convert_checkpoint",
-    "convert_kl_state_dict",
-    "convert_mar_state_dict",
-    "export_checkpoint",
-    "export_kl_state_dict",
-    "export_mar_state_dict",
-    "infer_kl_config",
-    "infer_mar_config",
-]
 
 logger = logging.getLogger(__name__)
 

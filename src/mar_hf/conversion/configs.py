@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .conversion_names import count_numbered, find_tensor
-from .models import MARConfig
-from .tokenizers import ImageTokenizerConfig
+from ..models import MARConfig
+from ..tokenizers import ImageTokenizerConfig
+from .names import count_numbered, find_tensor
 
 
 ORIGINAL_SCALING_FACTOR = 0.2325  # of the released KL-16, built into the original code

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention, MLP and blocks: what backbones and conditioning are built from."""
+"""Attention, MLP and blocks: what backbones and the aligner of texts are built from."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,11 +9,8 @@ from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .onednn import apply_activated, is_plain_linear
-
-
-if TYPE_CHECKING:
-    from .models import BackboneConfig
+from ..onednn import apply_activated, is_plain_linear
+from .configuration_backbone import BackboneConfig
 
 
 # Attention to a context absorbs the layers around it up to these limits: tokens of the context, as a share of a head's
@@ -69,7 +66,7 @@ class BackboneAttention(nn.Module):
         layer_index (`int`, *optional*, defaults to 0): place in the cache.
     """
 
-    def __init__(self, config: "BackboneConfig", hidden_size: int, num_heads: int, layer_index: int = 0):
+    def __init__(self, config: BackboneConfig, hidden_size: int, num_heads: int, layer_index: int = 0):
         super().__init__()
         self.config = config
         self.num_heads = num_heads
@@ -130,7 +127,7 @@ class ContextAttention(nn.Module):
         context_dim (`int`): width of the context.
     """
 
-    def __init__(self, config: "BackboneConfig", hidden_size: int, num_heads: int, context_dim: int):
+    def __init__(self, config: BackboneConfig, hidden_size: int, num_heads: int, context_dim: int):
         super().__init__()
         self.config = config
         self.num_heads = num_heads
@@ -323,7 +320,7 @@ class BackboneLayer(GradientCheckpointingLayer):
 
     def __init__(
         self,
-        config: "BackboneConfig",
+        config: BackboneConfig,
         hidden_size: int,
         num_heads: int,
         layer_index: int = 0,

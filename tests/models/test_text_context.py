@@ -6,7 +6,7 @@ import torch
 from transformers import T5Config, T5Model
 
 from common import LAYERS, MODELS, randomise, relative_error, seeded, tiny_config, tiny_model
-from mar_hf.conditioning import TextAligner, TextContext, check_text_encoder, encode_texts, load_text_encoder
+from mar_hf.models import TextAligner, TextContext, check_text_encoder, encode_texts, load_text_encoder
 from tiny_pipelines import tiny_text_pipeline
 from tiny_texts import TEXT, TEXT_DIM, TEXT_ENCODERS, tiny_text_encoder, tiny_text_tokenizer
 

@@ -6,8 +6,8 @@ import torch
 from torch.nn.utils.prune import random_unstructured
 
 from common import MODELS, randomise, relative_error, seeded, tiny_config
-from mar_hf import layers
-from mar_hf.layers import BackboneLayer, ContextAttention
+from mar_hf.models import layers
+from mar_hf.models.layers import BackboneLayer, ContextAttention
 
 
 LENGTHS = [5, 1, 3]  # tokens of each context; the rest is padding

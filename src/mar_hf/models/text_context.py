@@ -3,18 +3,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import file_exists
 from torch import nn
 from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..layers import BackboneLayer, ContextStates
-
-
-if TYPE_CHECKING:
-    from ..models import BackboneConfig
+from .configuration_backbone import BackboneConfig
+from .layers import BackboneLayer, ContextStates
 
 
 def load_text_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -95,7 +91,7 @@ class TextAligner(nn.Module):
         config ([`BackboneConfig`]): with `text_dim`.
     """
 
-    def __init__(self, config: "BackboneConfig"):
+    def __init__(self, config: BackboneConfig):
         super().__init__()
         width, heads = config.hidden_size, config.num_attention_heads
         self.null_text = nn.Parameter(torch.zeros(1, 1, config.text_dim))

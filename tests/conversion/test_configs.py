@@ -10,11 +10,11 @@ import torch
 from diffusers import AutoencoderKL
 
 from mar_hf import MARConfig, MARForImageGeneration
-from mar_hf.conversion_configs import generation_defaults, infer_kl_config, infer_mar_config
-from mar_hf.conversion_names import export_kl_state_dict, export_mar_state_dict
+from mar_hf.conversion.configs import generation_defaults, infer_kl_config, infer_mar_config
+from mar_hf.conversion.names import export_kl_state_dict, export_mar_state_dict
 
 
-DATA = Path(__file__).parent / "parity" / "data" / "mar-tiny"
+DATA = Path(__file__).parents[1] / "parity" / "data" / "mar-tiny"
 
 
 @pytest.fixture(scope="module")

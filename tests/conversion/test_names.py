@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from mar_hf.conversion_names import (
+from mar_hf.conversion.names import (
     convert_kl_state_dict,
     convert_mar_state_dict,
     export_kl_state_dict,
@@ -16,7 +16,7 @@ from mar_hf.conversion_names import (
 )
 
 
-DATA = Path(__file__).parent / "parity" / "data" / "mar-tiny"
+DATA = Path(__file__).parents[1] / "parity" / "data" / "mar-tiny"
 RELEASED_KL = {
     "block_out_channels": (128, 128, 256, 256, 512),
     "layers_per_block": 2,

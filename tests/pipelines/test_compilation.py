@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from common import relative_error, seeded
-from mar_hf.compilation import has_compiler
+from mar_hf.pipelines.compilation import has_compiler
 from tiny_pipelines import tiny_pipeline, tiny_text_pipeline, tiny_transformer
 
 
@@ -85,7 +85,7 @@ def test_without_a_compiler_nothing_changes(monkeypatch, caplog):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
     get_compiler = torch._inductor.cpp_builder.cpp_compiler_search
     get_compiler.cache_clear()
-    caplog.set_level(logging.WARNING, logger="mar_hf.compilation")
+    caplog.set_level(logging.WARNING, logger="mar_hf.pipelines.compilation")
     pipe = tiny_pipeline()
     assert not has_compiler(torch.device("cpu"))
     pipe.compile()

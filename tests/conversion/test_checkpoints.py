@@ -24,7 +24,7 @@ from mar_hf.conversion import (
 )
 
 
-DATA = Path(__file__).parent / "parity" / "data" / "mar-tiny"
+DATA = Path(__file__).parents[1] / "parity" / "data" / "mar-tiny"
 MAR, KL, ARGS = DATA / "checkpoint-last.pth", DATA / "kl.ckpt", DATA / "original_args.json"
 
 

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens, guidance and head steps of every autoregressive step. Pure functions, and tables of them.
+
+Every schedule returns the whole list, one entry per autoregressive step. A new one is a function and a line in its
+table.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+def cosine_tokens_per_step(num_tokens: int, num_inference_steps: int) -> list[int]:
+    """Few tokens first, many last: after step k, floor(L cos(pi/2 (k+1)/K)) are left (arXiv:2202.04200).
+
+    At least one token is generated in every step and one is left for the last, as in the original code of MAR.
+
+    Args:
+        num_tokens (`int`): L.
+        num_inference_steps (`int`): K, at most L.
+
+    Returns:
+        `list[int]`: K positive counts with the sum L.
+    """
+    counts, left = [], num_tokens
+    for step in range(num_inference_steps - 1):
+        ratio = math.cos(math.pi / 2 * (step + 1) / num_inference_steps)
+        remaining = max(1, min(left - 1, math.floor(num_tokens * ratio)))
+        counts.append(left - remaining)
+        left = remaining
+    return [*counts, left]
+
+
+def constant_tokens_per_step(num_tokens: int, num_inference_steps: int) -> list[int]:
+    """As equal as integers allow, the larger counts last.
+
+    Args:
+        num_tokens (`int`): L.
+        num_inference_steps (`int`): K, at most L.
+
+    Returns:
+        `list[int]`: K positive counts with the sum L.
+    """
+    ends = [num_tokens * (step + 1) // num_inference_steps for step in range(num_inference_steps)]
+    return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def linear_guidance(guidance_scale: float, tokens_per_step: list[int]) -> list[float]:
+    """Guidance that grows with the share of tokens that will be there after the step.
+
+    s_k = 1 + (s - 1) (L - M_k) / L with M_k tokens left after step k, at least 1, as in the original: the last step
+    therefore stays just below `guidance_scale`.
+
+    Args:
+        guidance_scale (`float`): s.
+        tokens_per_step (`list[int]`): tokens generated in each step.
+
+    Returns:
+        `list[float]`: one scale a step.
+    """
+    total, done, scales = sum(tokens_per_step), 0, []
+    for count in tokens_per_step:
+        done += count
+        scales.append(1 + (guidance_scale - 1) * min(done, total - 1) / total)
+    return scales
+
+
+def constant_guidance(guidance_scale: float, tokens_per_step: list[int]) -> list[float]:
+    """The same guidance in every step.
+
+    Args:
+        guidance_scale (`float`): the scale.
+        tokens_per_step (`list[int]`): tokens generated in each step.
+
+    Returns:
+        `list[float]`: one scale a step.
+    """
+    return [float(guidance_scale)] * len(tokens_per_step)
+
+
+def guidance_within(scales: list[float], interval: tuple[float, float] = (0.0, 1.0)) -> list[float]:
+    """No guidance outside of an interval of the steps (arXiv:2404.07724, there of a diffusion sampler's noise levels).
+
+    Step k of K keeps its scale where start <= k / K < end. Where the scale is 1, the pipeline leaves out the
+    unconditional branch.
+
+    Args:
+        scales (`list[float]`): one scale a step, of all K steps.
+        interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`): start and end, as shares of the steps.
+
+    Returns:
+        `list[float]`: the scales, 1.0 outside of the interval.
+    """
+    start, end = interval
+    return [scale if start <= step / len(scales) < end else 1.0 for step, scale in enumerate(scales)]
+
+
+def constant_head_steps(num_diffusion_steps: int, num_inference_steps: int) -> list[int]:
+    """The same number of head steps in every autoregressive step.
+
+    Args:
+        num_diffusion_steps (`int`): head steps.
+        num_inference_steps (`int`): autoregressive steps.
+
+    Returns:
+        `list[int]`: one count a step.
+    """
+    return [num_diffusion_steps] * num_inference_steps
+
+
+def linear_head_steps(num_diffusion_steps: int, num_inference_steps: int, last: int = 5) -> list[int]:
+    """From `num_diffusion_steps` down to `last`: diffusion step annealing (DiSA, arXiv:2505.20297).
+
+    The paper anneals from 50 to 5. Few steps need a scheduler whose `max_timestep` is about 950.
+
+    Args:
+        num_diffusion_steps (`int`): head steps in the first autoregressive step.
+        num_inference_steps (`int`): autoregressive steps.
+        last (`int`, *optional*, defaults to 5): head steps in the last one, or `num_diffusion_steps` if that is fewer.
+
+    Returns:
+        `list[int]`: one count a step.
+    """
+    last = min(last, num_diffusion_steps)
+    span = num_inference_steps - 1
+    if span == 0:
+        return [num_diffusion_steps]
+    return [last + int((span - step) / span * (num_diffusion_steps - last)) for step in range(num_inference_steps)]
+
+
+def settings_for_budget(
+    points: list[dict[str, Any]], max_seconds: float, seconds_here: float | None = None, tolerance: float = 0.0
+) -> dict[str, Any]:
+    """The best of measured settings that a picture has the time for, from a curve of quality against time.
+
+    `examples/measure_speed.py` measures such a curve.
+
+    Args:
+        points (`list[dict]`): one for each setting, the checkpoint's defaults first. `seconds` is its time for a
+            picture, `distance` how far its pictures are from real ones; what else it holds is not looked at.
+        max_seconds (`float`): the most that a picture may take.
+        seconds_here (`float`, *optional*): the time for a picture with the defaults, measured on this machine: all
+            others change in proportion. None: as in `points`.
+        tolerance (`float`, *optional*, defaults to 0.0): differences of `distance` up to here count as none, and the
+            faster setting is taken: the spread between runs, for one.
+
+    Returns:
+        `dict`: one of the points.
+
+    Raises:
+        ValueError: if there are no points, or none is fast enough.
+    """
+    if not points:
+        raise ValueError("`points` is empty: it has to hold at least the setting of the defaults.")
+    factor = 1.0 if seconds_here is None else seconds_here / points[0]["seconds"]
+    fits = [point for point in points if point["seconds"] * factor <= max_seconds]
+    if not fits:
+        fastest = min(point["seconds"] for point in points) * factor
+        raise ValueError(f"`max_seconds` has to be at least {fastest:.3g}, the fastest setting's, got {max_seconds}.")
+    best = min(point["distance"] for point in fits)
+    return min(
+        (point for point in fits if point["distance"] <= best + tolerance),
+        key=lambda point: (point["seconds"], point["distance"]),
+    )
+
+
+TOKEN_SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {
+    "cosine": cosine_tokens_per_step,
+    "constant": constant_tokens_per_step,
+}
+GUIDANCE_SCHEDULES: dict[str, Callable[[float, list[int]], list[float]]] = {
+    "linear": linear_guidance,
+    "constant": constant_guidance,
+}
+HEAD_STEP_SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {
+    "constant": constant_head_steps,
+    "linear": linear_head_steps,
+}

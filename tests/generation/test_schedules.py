@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules: identities for all sizes, and numbers counted from the original's rules."""
+
+import math
+
+import pytest
+
+from mar_hf.generation import (
+    GENERATION_ORDERS,
+    GUIDANCE_SCHEDULES,
+    HEAD_STEP_SCHEDULES,
+    TOKEN_SCHEDULES,
+    constant_guidance,
+    constant_head_steps,
+    constant_tokens_per_step,
+    cosine_tokens_per_step,
+    guidance_within,
+    linear_guidance,
+    linear_head_steps,
+    look_up,
+    settings_for_budget,
+)
+
+
+@pytest.mark.parametrize("name", TOKEN_SCHEDULES)
+@pytest.mark.parametrize("num_tokens", [1, 16, 64, 256])
+def test_every_schedule_generates_every_token_once(name, num_tokens):
+    for steps in range(1, num_tokens + 1):
+        counts = TOKEN_SCHEDULES[name](num_tokens, steps)
+        assert (len(counts), sum(counts)) == (steps, num_tokens)
+        assert min(counts) >= 1
+
+
+def test_cosine_schedule_of_the_original():
+    def counts(steps):
+        return cosine_tokens_per_step(256, steps)
+
+    assert counts(8) == [5, 15, 24, 31, 39, 45, 48, 49]
+    assert counts(64)[:13] == [1] * 13 and counts(64)[13] > 1
+    assert counts(64)[-1] in (6, 7) and max(counts(64)) == 7
+    assert (max(counts(32)), max(counts(16))) == (13, 25)
+    assert counts(256) == [1] * 256
+    assert counts(1) == [256]
+
+
+@pytest.mark.parametrize("num_tokens", [16, 64, 256])
+def test_cosine_schedule_follows_the_cosine(num_tokens):
+    # Far from both ends the tokens left are floor(L cos(pi/2 (k+1)/K)) exactly.
+    left = num_tokens
+    for step, count in enumerate(cosine_tokens_per_step(num_tokens, 8)[:-1]):
+        left -= count
+        assert left == min(math.floor(num_tokens * math.cos(math.pi / 2 * (step + 1) / 8)), num_tokens - step - 1)
+
+
+def test_constant_schedule():
+    assert constant_tokens_per_step(16, 4) == [4, 4, 4, 4]
+    assert constant_tokens_per_step(16, 5) == [3, 3, 3, 3, 4]
+    for steps in range(1, 65):
+        counts = constant_tokens_per_step(64, steps)
+        assert max(counts) - min(counts) <= 1
+
+
+def test_linear_guidance_ends_just_below_its_scale():
+    scales = linear_guidance(3.0, cosine_tokens_per_step(256, 64))
+    assert scales[0] == 1 + 2 * 1 / 256
+    assert scales[-1] == 1 + 2 * 255 / 256
+    assert scales[-1] == pytest.approx(2.992, abs=5e-4)
+    assert all(a < b for a, b in zip(scales, scales[1:], strict=False))
+
+
+def test_linear_guidance_grows_with_the_tokens_that_are_there():
+    assert linear_guidance(5.0, [2, 2, 4]) == [2.0, 3.0, 1 + 4 * 7 / 8]
+    assert linear_guidance(5.0, [8]) == [1 + 4 * 7 / 8]
+
+
+@pytest.mark.parametrize("name", GUIDANCE_SCHEDULES)
+def test_no_guidance_stays_no_guidance(name):
+    assert GUIDANCE_SCHEDULES[name](1.0, [1, 2, 5]) == [1.0] * 3
+
+
+def test_constant_guidance():
+    assert constant_guidance(4, [1, 2, 5]) == [4.0, 4.0, 4.0]
+
+
+def test_guidance_within_an_interval():
+    scales = [float(step + 2) for step in range(10)]
+    assert guidance_within(scales) == scales
+    assert guidance_within(scales, (0.3, 0.7)) == [1.0] * 3 + scales[3:7] + [1.0] * 3
+    assert guidance_within(scales, [0, 0.01]) == [2.0] + [1.0] * 9
+    # Shares as people write them fall on the steps that they mean.
+    for step in range(100):
+        assert guidance_within([2.0] * 100, (step / 100, 1)).count(1.0) == step
+
+
+CURVE = [
+    {"name": "default", "seconds": 4.0, "distance": 10.0},
+    {"name": "half", "seconds": 2.0, "distance": 10.5},
+    {"name": "other", "seconds": 2.5, "distance": 12.0},
+    {"name": "quarter", "seconds": 1.0, "distance": 10.6},
+    {"name": "tenth", "seconds": 0.4, "distance": 30.0},
+]
+
+
+@pytest.mark.parametrize(
+    "settings, name",
+    [
+        ({"max_seconds": 9.0}, "default"),
+        ({"max_seconds": 4.0}, "default"),
+        ({"max_seconds": 3.0}, "half"),
+        ({"max_seconds": 1.9}, "quarter"),
+        ({"max_seconds": 0.5}, "tenth"),
+        ({"max_seconds": 9.0, "tolerance": 0.5}, "half"),
+        ({"max_seconds": 9.0, "tolerance": 1.0}, "quarter"),
+        ({"max_seconds": 0.9, "tolerance": 1.0}, "tenth"),
+        # A machine that is twice as fast.
+        ({"max_seconds": 2.0, "seconds_here": 2.0}, "default"),
+        ({"max_seconds": 1.9, "seconds_here": 2.0}, "half"),
+    ],
+)
+def test_a_budget_buys_the_best_setting_that_it_can_pay(settings, name):
+    before = [dict(point) for point in CURVE]
+    assert settings_for_budget(CURVE, **settings) is next(point for point in CURVE if point["name"] == name)
+    assert CURVE == before
+
+
+def test_of_equal_settings_the_faster_and_of_equally_fast_ones_the_better_is_taken():
+    equal = [{"seconds": 2.0, "distance": 5.0}, {"seconds": 1.0, "distance": 5.0}, {"seconds": 1.0, "distance": 4.5}]
+    assert settings_for_budget(equal[:2], 3.0) is equal[1]
+    assert settings_for_budget(equal, 3.0, tolerance=1.0) is equal[2]
+
+
+def test_budgets_that_buy_nothing():
+    with pytest.raises(ValueError, match=r"`max_seconds` has to be at least 0\.4.*got 0\.3"):
+        settings_for_budget(CURVE, 0.3)
+    with pytest.raises(ValueError, match=r"`max_seconds` has to be at least 4, .*got 3"):
+        settings_for_budget(CURVE, 3, seconds_here=40.0)
+    with pytest.raises(ValueError, match="`points` is empty"):
+        settings_for_budget([], 1.0)
+
+
+def test_annealing_counts_of_disa():
+    steps = linear_head_steps(50, 64)
+    assert (steps[0], steps[-1], sum(steps), len(steps)) == (50, 5, 1733, 64)
+    assert all(a >= b for a, b in zip(steps, steps[1:], strict=False))
+    # What the head evaluates, against 100 steps throughout
+    counts = cosine_tokens_per_step(256, 64)
+    assert sum(n * s for n, s in zip(counts, steps, strict=True)) == 5372
+    assert sum(n * s for n, s in zip(counts, constant_head_steps(100, 64), strict=True)) == 25600
+
+
+@pytest.mark.parametrize("name", HEAD_STEP_SCHEDULES)
+@pytest.mark.parametrize("head_steps", [1, 3, 5, 50])
+@pytest.mark.parametrize("steps", [1, 2, 17])
+def test_head_steps_start_as_asked_and_never_vanish(name, head_steps, steps):
+    counts = HEAD_STEP_SCHEDULES[name](head_steps, steps)
+    assert len(counts) == steps and counts[0] == head_steps
+    assert all(1 <= count <= head_steps for count in counts)
+
+
+def test_annealing_ends_where_asked():
+    assert linear_head_steps(20, 5, last=4) == [20, 16, 12, 8, 4]
+
+
+@pytest.mark.parametrize("table", [GENERATION_ORDERS, TOKEN_SCHEDULES, GUIDANCE_SCHEDULES, HEAD_STEP_SCHEDULES])
+def test_tables_name_what_they_have(table):
+    for name, entry in table.items():
+        assert look_up(table, name, "argument") is entry
+    with pytest.raises(ValueError) as error:
+        look_up(table, "hilbert", "generation_order")
+    assert str(error.value) == f"`generation_order` has to be one of {sorted(table)}, got 'hilbert'."
