@@ -29,7 +29,7 @@ EXTRAS = {
     "app": ["gradio"],
     # What the examples need: they are tested by running them.
     "test": [
-        *("pytest", "pytest-xdist", "datasets", "matplotlib", "tensorboard", "pyyaml", "peft"),
+        *("pytest", "pytest-xdist", "hypothesis", "datasets", "matplotlib", "tensorboard", "pyyaml", "peft"),
         *("scikit-learn", "torchmetrics", "scipy"),
     ],
     "docs": ["mkdocs"],
