@@ -162,7 +162,3 @@ class OneDNNLinear(nn.Linear):
         name = "none" if activation is None else _activation_name(activation)
         variant = "none" if name == "gelu" else ""
         return torch.ops.mkldnn._linear_pointwise.default(hidden_states, self.packed, bias, name, [], variant)
-
-
-def apply_activated(layer, hidden_states, activation):  # until the blocks have modules
-    return activation(layer(hidden_states))

@@ -10,7 +10,7 @@ import torch
 
 from ..utils import look_up
 from .orders import GENERATION_ORDERS
-from .schedules import GUIDANCE_SCHEDULES, HEAD_STEP_SCHEDULES, TOKEN_SCHEDULES, guidance_within
+from .schedules import GUIDANCE_SCHEDULES, HEAD_STEP_SCHEDULES, TOKEN_SCHEDULES, check_tokens_per_step, guidance_within
 
 
 LIMITED_BY = {"num_inference_steps": " (the tokens)"}
@@ -20,7 +20,8 @@ REAL_SETTINGS = {
     "temperature": (0, 1000, "a finite number of at least 0 and at most 1000"),
     "context_noise": (0, 1, "a number in [0, 1]"),
 }
-SCHEDULES = {
+TABLES = {
+    "generation_order": GENERATION_ORDERS,
     "token_schedule": TOKEN_SCHEDULES,
     "guidance_schedule": GUIDANCE_SCHEDULES,
     "head_step_schedule": HEAD_STEP_SCHEDULES,
@@ -80,10 +81,12 @@ class GenerationSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most:
                 raise ValueError(f"`{name}` has to be {words}, got {value!r}.")
-        for name, table in SCHEDULES.items():
-            look_up(table, getattr(self, name), name)
-        if isinstance(self.generation_order, str):  # else it takes the batch to tell: `check_orders`
-            look_up(GENERATION_ORDERS, self.generation_order, "generation_order")
+        for name, table in TABLES.items():
+            value = getattr(self, name)
+            if name == "generation_order" and not isinstance(value, str):
+                continue  # it takes the batch to tell: `check_orders`
+            if not isinstance(value, str) or value not in table:
+                look_up(table, value, name)
         if not isinstance(self.head_kwargs, dict | None):
             raise ValueError(f"`head_kwargs` has to be a dict, got {self.head_kwargs!r}.")
         interval = self.guidance_interval
@@ -212,24 +215,33 @@ class GenerationPlan:
     context_noise: torch.Tensor | None = None
 
 
-def plan_steps(settings: GenerationSettings, num_tokens: int, is_guided: bool = True) -> list[GenerationStep]:
+def plan_steps(
+    settings: GenerationSettings, num_tokens: int, is_guided: bool = True, max_tokens_per_step: int | None = None
+) -> list[GenerationStep]:
     """The steps of a call. Nothing is drawn.
 
     Args:
         settings ([`GenerationSettings`]): of the call.
         num_tokens (`int`): tokens to generate, at least as many as steps.
         is_guided (`bool`, *optional*, defaults to `True`): False leaves the unconditional branch out everywhere.
+        max_tokens_per_step (`int`, *optional*): the most that the model predicts at once; None: any number.
 
     Returns:
         `list[GenerationStep]`: `settings.num_inference_steps` steps.
+
+    Raises:
+        ValueError: if a step has more tokens than the model predicts.
     """
     count = settings.num_inference_steps
     tokens_per_step = TOKEN_SCHEDULES[settings.token_schedule](num_tokens, count)
+    if max_tokens_per_step is not None:
+        check_tokens_per_step(tokens_per_step, num_tokens, max_tokens_per_step)
     head_steps = HEAD_STEP_SCHEDULES[settings.head_step_schedule](settings.num_diffusion_steps, count)
     scales = [1.0] * count
     if is_guided:
         scales = GUIDANCE_SCHEDULES[settings.guidance_schedule](settings.guidance_scale, tokens_per_step)
-        scales = guidance_within(scales, settings.guidance_interval)
+        if tuple(settings.guidance_interval) != (0.0, 1.0):
+            scales = guidance_within(scales, settings.guidance_interval)
     steps, start = [], 0
     for size, scale, head in zip(tokens_per_step, scales, head_steps, strict=True):
         steps.append(GenerationStep(start, size, scale, head))

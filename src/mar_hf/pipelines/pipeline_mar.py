@@ -458,8 +458,7 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         labels = self.check_inputs(settings, *asked, callback, names)
         device, batch_size = self._execution_device, len(labels)
         is_conditional = labels[0] is not None or num_prompts is not None
-        steps = plan_steps(settings, num_tokens, is_conditional)
-        self.transformer.check_tokens_per_step([step.count for step in steps])
+        steps = plan_steps(settings, num_tokens, is_conditional, getattr(config, "max_tokens_per_step", None))
 
         call = PipelineCall(settings.guidance_scale, is_conditional, len(steps))
         with self._running(call):
@@ -509,7 +508,7 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
                 if plan.context_noise is not None:
                     seen = add_context_noise(tokens, plan.context_noise, settings.context_noise)
                 condition, negative = backbone.predict(seen, number, step.guidance_scale != 1.0)
-                sampled = transformer.head.sample(
+                sampled = transformer.head.draw(
                     condition=condition,
                     negative_condition=negative,
                     guidance_scale=step.guidance_scale,
