@@ -23,6 +23,7 @@ from ..generation import (
     look_up,
 )
 from ..hub import build_model_card
+from ..loading import StrictPipelineMixin, check_components
 from ..models import ARForImageGeneration, MARForImageGeneration, add_context_noise, check_text_encoder
 from ..onednn import onednn_linears
 from ..tokenizers import ImageTokenizer
@@ -64,7 +65,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class MARPipeline(PromptMixin, DiffusionPipeline):
+class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
     """Pictures of classes or texts from an autoregressive model over continuous tokens (arXiv:2406.11838).
 
     Args:
@@ -101,9 +102,12 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         generation_defaults: dict | None = None,
     ):
         super().__init__()
-        self.register_modules(
-            transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
-        )
+        components = {
+            **{"transformer": transformer, "vae": vae, "scheduler": scheduler},
+            **{"text_encoder": text_encoder, "tokenizer": tokenizer},
+        }
+        check_components(type(self), **components)
+        self.register_modules(**components)
         # JSON turns the numbers into strings.
         id2label = None if id2label is None else {int(number): name for number, name in id2label.items()}
         self.register_to_config(id2label=id2label, generation_defaults=generation_defaults)

@@ -332,8 +332,7 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
                 f"{self.token_dim}), got {tuple(latents.shape)}."
             )
         shift, scale = self._statistics(latents.device)
-        latents = latents.float() / scale + shift
-        return (latents if self.autoencoder is None else self(latents, "decode")).to(dtype)
+        return self(latents.float() / scale + shift, "decode").to(dtype)
 
     def forward(self, pixel_values: torch.Tensor | None, method: str = "reconstruct") -> Any:
         """Reconstruct pictures through the posterior's mode.
@@ -350,12 +349,12 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         autoencoder = self.autoencoder
         if method == "codebook":
             return autoencoder.quantize.embedding.weight.detach().clone()
-        if method == "decode":
-            return autoencoder.decode(pixel_values.to(autoencoder.dtype)).sample
         if method == "reconstruct":
             return self.decode(self.encode(pixel_values, sample_posterior=False).latents)
         if autoencoder is None:
-            return pixel_values, torch.zeros_like(pixel_values)
+            return pixel_values if method == "decode" else (pixel_values, torch.zeros_like(pixel_values))
+        if method == "decode":
+            return autoencoder.decode(pixel_values.to(autoencoder.dtype)).sample
         encoded = autoencoder.encode(pixel_values.to(autoencoder.dtype))
         if self.is_variational:
             return encoded.latent_dist.mean, encoded.latent_dist.std
