@@ -123,13 +123,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def check_convert(args: argparse.Namespace) -> None:
     """Refuse what `convert` can't do, before anything is imported."""
     for path in (args.src, args.vae, args.config):
-        if path is not None:
-            open(path, "rb").close()
+        if path is not None and not os.path.isfile(path):
+            raise ValueError(f"{path!r}: No such file")
     if args.scaling_factor is not None and not 0 < args.scaling_factor < float("inf"):
         raise ValueError(f"`--scaling-factor` is {args.scaling_factor}, it has to be finite and above 0")
     _check_place("DST", Path(args.dst))
-    if os.path.isfile(args.dst):
-        raise ValueError(f"DST is {args.dst!r}, a file; it has to be a folder that holds nothing yet")
+    if os.path.lexists(args.dst) and (not os.path.isdir(args.dst) or os.listdir(args.dst)):
+        raise ValueError(f"DST is {args.dst!r}, it has to be a new folder, or one that holds nothing yet")
 
 
 def check_export(args: argparse.Namespace) -> None:
@@ -194,11 +194,11 @@ def _check_place(argument: str, path: Path) -> None:
 def _peek_model(model: str) -> Path | None:
     """The folder of a model on this machine, None if it is on the hub; a `ValueError` if it can be neither."""
     folder = Path(model)
-    if folder.is_dir():
+    if model and folder.is_dir():
         if not any((folder / name).is_file() for name in ("model_index.json", "config.json")):
             raise ValueError(f"{folder}: neither model_index.json nor config.json, no folder of a model")
         return folder
-    if folder.exists():
+    if model and folder.exists():
         raise ValueError(f"MODEL is {model!r}, a file; it has to be a folder or a hub id")
     if not HUB_ID.fullmatch(model):
         raise ValueError(f"MODEL is {model!r}: there is no such folder, and it is no hub id")
@@ -242,6 +242,16 @@ def _check_subjects(args: argparse.Namespace) -> None:
             raise ValueError(f"`--class-labels`: {label} is no class, there are 0..{count - 1}")
 
 
+def _flush() -> None:
+    """Write out the standard output; where that fails, nothing more is written there."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # What is left over would fail once more at the interpreter's end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(f"the standard output can't be written: {error}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the `mar-hf` command.
 
@@ -262,14 +272,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run(args)
         finally:
-            sys.stdout.flush()
+            _flush()
     except KeyboardInterrupt:
         print("mar-hf: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Nobody reads on. What is still to be written would fail once more at the interpreter's end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        message = "the standard output was closed before its end"
     except (ValueError, OSError, ImportError) as error:
         message = str(error)
     except Exception as error:

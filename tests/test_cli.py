@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mar_hf import ARConfig, ImageTokenizerConfig, MARPipeline
-from mar_hf.cli import choose_classes, image_generator, main
+from mar_hf.cli import choose_classes, image_generator
 from mar_hf.conversion import convert_checkpoint
 from mar_hf.demo import TEXT_ENCODER_PACKAGE
+from mar_hf_command import main
 from tiny_pipelines import tiny_pipeline, tiny_transformer
 from tiny_texts import TEXT, tiny_text_encoder, tiny_text_tokenizer
 

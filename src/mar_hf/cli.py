@@ -245,7 +245,7 @@ def describe(folder: Path) -> list[tuple[str, str]]:
     rows = [("model", f"{index.get('_class_name', 'one component')} in {folder}")]
     for key, part in parts.items():
         config = configs[key] or _json(part / "scheduler_config.json")
-        name = config.get("_class_name") or " ".join(map(str, config.get("architectures") or ["?"]))
+        name = str(config.get("_class_name") or "") or " ".join(map(str, config.get("architectures") or "?"))
         rows.append((key or "component", f"{name:<24}{_size(part) if configs[key] else ''}"))
     by_type = {str(config.get("model_type")): parts[key] for key, config in configs.items()}
     transformer = next((part for name, part in by_type.items() if name in BACKBONES), None)

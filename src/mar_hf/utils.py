@@ -25,6 +25,7 @@ CELL = 96  # smaller pictures are enlarged to at least this in the grid, by whol
 
 # Of the folders in which things are written: their ending, how many may stand beside one target, the file in each.
 _PARTIAL, _WRITERS, _LOCK = ".mar_hf-partial", 8, "lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LONGEST_NAME = 200  # bytes; most file systems take 255
 
 
@@ -182,6 +183,10 @@ def _holder(target: Path) -> Iterator[Path]:
         raise OSError(errno.EBUSY, f"others write it too, or left behind what has to be removed by hand: {left}")
     try:
         yield mine
+    except OSError as error:
+        if error.errno in _FULL and error.filename is None:
+            error.filename = str(target)  # whoever writes in pieces does not know where to
+        raise
     finally:
         _remove(mine, target, lock)
 
@@ -288,6 +293,7 @@ def draw_grid(images: Sequence[Image.Image], names: Sequence[str]) -> Image.Imag
     factor = max(1, -(-CELL // images[0].width))
     width, height = images[0].width * factor, images[0].height * factor
     font = ImageFont.load_default(size=16)
+    names = [name.encode(errors="replace").decode() for name in names]  # lone surrogates can't be drawn
     texts = [textwrap.fill(name, 28, max_lines=3, placeholder="...") for name in names]
     left = max(round(font.getlength(line)) for text in texts for line in text.split("\n")) + 4 * gap
     block = left + columns * (width + gap)
