@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small things that several modules need."""
 
+import importlib
 import os
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,6 +36,26 @@ def look_up(table: dict[str, Any], name: str, argument: str) -> Any:
     if not isinstance(name, str) or name not in table:
         raise ValueError(f"`{argument}` has to be one of {sorted(table)}, got {name!r}.")
     return table[name]
+
+
+def import_extra(name: str, extra: str) -> ModuleType:
+    """Import a module of a library that only an extra of the package installs, when it is needed.
+
+    Args:
+        name (`str`): the module.
+        extra (`str`): the extra that installs it, such as `"train"`.
+
+    Returns:
+        `ModuleType`: the module.
+
+    Raises:
+        ImportError: if it is not installed; names the extra.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        library = name.split(".")[0]
+        raise ImportError(f'`{library}` is needed here: pip install "mar_hf[{extra}]" ({error})') from error
 
 
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
