@@ -4,39 +4,32 @@
     OMP_NUM_THREADS=1 python examples/compare_orders.py --output_dir out/comparison --jobs 2
 
 Trains tokenizers and models with `train_tokenizer.py` and `train.py`, measures them with `evaluate.py`, and writes
-`comparison.json`, tables and plots. Each finished part is a file in `results/`: started again, it does what is missing
-and goes on with what was cut off. docs/comparison.md says what is compared, and why so.
+`comparison.json`, of which `draw_comparison.py` makes tables and plots. Each finished part is a file in `results/`:
+started again, it does what is missing and goes on with what was cut off. docs/comparison.md says what is compared, and
+why so.
 """
 
 import json
-import multiprocessing
 import pathlib
-import platform
-import runpy
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
 
 from mar_hf import ImageTokenizer, MARPipeline
-from mar_hf.evaluation import claim_folder, describe_machine, load_pipeline, median_seconds, psnr
-from mar_hf.evaluation.folders import read_json, write_json, write_result, write_text
-from mar_hf.evaluation.pictures import save_grid
-from mar_hf.evaluation.plots import draw_bars, draw_points
+from mar_hf.evaluation import claim_folder, describe_machine, describe_versions, load_pipeline, median_seconds, psnr
+from mar_hf.evaluation.experiments import run_all, run_script, write_result
+from mar_hf.evaluation.folders import read_json, write_json
+from mar_hf.evaluation.pictures import save_pictures
 from mar_hf.evaluation.sampling import check_counts
-from mar_hf.evaluation.speed import markdown_table
+from mar_hf.evaluation.tables import mean_and_deviation
 from mar_hf.training import (
     ImageTransform,
     latent_statistics,
@@ -45,15 +38,12 @@ from mar_hf.training import (
     parse_arguments,
     some_pictures,
 )
-from mar_hf.utils import atomic_file
+from mar_hf.utils import atomic_folder
 
 
 EXAMPLES = pathlib.Path(__file__).parent
 CONFIG = EXAMPLES / "configs" / "compare_orders.json"
-TOKENIZER_CONFIGS = {
-    "kl": EXAMPLES / "configs" / "digits_kl_tokenizer.json",
-    "vq": EXAMPLES / "configs" / "digits_vq_tokenizer.json",
-}
+TOKENIZER_CONFIGS = {name: EXAMPLES / "configs" / f"digits_{name}_tokenizer.json" for name in ("kl", "vq")}
 # The tokens of models: of a trained tokenizer, or squares of pixels.
 AUTOENCODERS = {"kl": "kl", "vq": "vq", "vq_continuous": "vq", "pixels_2": "pixels", "pixels_4": "pixels"}
 PATCH_SIZES = {"pixels_2": 2, "pixels_4": 4}
@@ -78,31 +68,17 @@ MODELS = {
     for backbone in BACKBONES
     for head, tokens in (("categorical", "vq"), ("diffusion", "kl"))
 } | {f"masked_{tokens}": ("masked", tokens, "diffusion") for tokens in PIXELS_AND_MORE}
-# row: (backbone, autoregressive steps, what the table says). A masked model samples in many steps as well as in few.
-WAYS = {
-    "raster_causal": ("raster_causal", 64, ("raster", "causal", "1")),
-    "random_causal": ("random_causal", 64, ("random", "causal", "1")),
-    "masked_one": ("masked", 64, ("random", "bidirectional", "1")),
-    "mar": ("masked", 16, ("random", "bidirectional", "4 on average")),
-}
-# name: (model, autoregressive steps)
-ROWS = {f"{row}_{head}": (f"{way[0]}_{head}", way[1]) for head in HEADS for row, way in WAYS.items()} | {
-    f"mar_{tokens}": (f"masked_{tokens}", 16) for tokens in PIXELS_AND_MORE
-}
-# The rows of the tables, with what is said of each.
-ORDERS = {
-    f"{row}_{head}": {"loss": loss, **dict(zip(("order", "attention", "tokens a step"), words, strict=True))}
-    for head, loss in (("categorical", "cross-entropy"), ("diffusion", "diffusion"))
-    for row, (_, _, words) in WAYS.items()
-}
-TOKENIZERS = {
-    "mar_pixels_4": {"tokens": "pixels, 4 x 4", "loss": "diffusion"},
-    "mar_pixels_2": {"tokens": "pixels, 2 x 2", "loss": "diffusion"},
-    "mar_diffusion": {"tokens": "KL", "loss": "diffusion"},
-    "mar_vq_continuous": {"tokens": "VQ, not quantised", "loss": "diffusion"},
-    "mar_categorical": {"tokens": "VQ, quantised", "loss": "cross-entropy"},
-}
-TABLES = {"orders": ORDERS, "tokenizers": TOKENIZERS}
+# row: (model, autoregressive steps). A masked model samples in many steps as well as in few.
+ROWS = {
+    f"{row}_{head}": (f"{backbone}_{head}", steps)
+    for head in HEADS
+    for row, backbone, steps in (
+        ("raster_causal", "raster_causal", 64),
+        ("random_causal", "random_causal", 64),
+        ("masked_one", "masked", 64),
+        ("mar", "masked", 16),
+    )
+} | {f"mar_{tokens}": (f"masked_{tokens}", 16) for tokens in PIXELS_AND_MORE}
 
 BATCH_SIZE = 100  # of the evaluation
 SCALES = (1.0, 1.5, 2.0, 3.0)
@@ -158,27 +134,20 @@ def read(args: Arguments, name: str) -> dict:
 
 
 def call(script: str, folder: pathlib.Path, words: Iterable[object]) -> str:
-    """Run another example as its users do, in this process. Returns its command line."""
+    """Run another example, and note how. Returns its command line."""
     words = ["--output_dir", str(folder), *map(str, words)]
     command = shlex.join([f"examples/{script}.py", *words])
     print(command, flush=True)
-    before, sys.argv = sys.argv, [f"{script}.py", *words]
-    try:
-        runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
-    finally:
-        sys.argv = before
+    run_script(EXAMPLES / f"{script}.py", words)
     return command
 
 
 def prepare_data(args: Arguments) -> None:
     """Write the digits, a fifth of each class held out."""
-    folder = args.folder / "data"
-    unfinished = folder.with_name("data.partial")
-    if not folder.exists():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        script = str(EXAMPLES / "prepare_digits.py")
-        subprocess.run([sys.executable, script, str(unfinished), "--test_fraction", "0.2"], check=True)
-        unfinished.rename(folder)
+    if not (args.folder / "data").exists():
+        with atomic_folder(args.folder / "data") as folder:
+            script = str(EXAMPLES / "prepare_digits.py")
+            subprocess.run([sys.executable, script, str(folder), "--test_fraction", "0.2"], check=True)
 
 
 def make_tokenizer(args: Arguments, name: str) -> dict:
@@ -208,9 +177,7 @@ def make_tokenizer(args: Arguments, name: str) -> dict:
         with torch.no_grad():
             restored = ImageTokenizer.from_pretrained(folder)(real).clamp(-1, 1)
     samples = args.folder / "reconstructions" / name
-    for row, image in zip(chosen, VaeImageProcessor().postprocess(restored), strict=True):
-        with atomic_file(samples / classes[labels[row]] / f"{row:05d}.png") as path:
-            image.save(path)
+    save_pictures(restored, [samples / classes[labels[row]] / f"{row:05d}.png" for row in chosen])
     metrics, _ = measure(args, name, ["--samples_dir", samples])
     return {"psnr": psnr(real, restored), "metrics": metrics["None"]}
 
@@ -218,10 +185,10 @@ def make_tokenizer(args: Arguments, name: str) -> dict:
 def measure(args: Arguments, name: str, words: Iterable[object]) -> tuple[dict[str, dict[str, float]], str]:
     """Run `evaluate.py`: metrics by guidance scale, and the command line."""
     folder = args.folder / "evaluations" / name
-    shared = ["--reference", args.folder / "data" / "test", "--features", "pixels", "--classifier"]
-    command = call("evaluate", folder, [*words, *shared])
-    report = read_json(folder / "metrics.json")
-    return {str(result["value"]): result["metrics"] for result in report["results"]}, command
+    words = [*words, "--reference", args.folder / "data" / "test", "--features", "pixels", "--classifier"]
+    command = call("evaluate", folder, words)
+    results = read_json(folder / "metrics.json")["results"]
+    return {str(result["value"]): result["metrics"] for result in results}, command
 
 
 def train_and_evaluate(args: Arguments, model: str, seed: int) -> None:
@@ -248,8 +215,10 @@ def train(args: Arguments, model: str, seed: int) -> dict:
     if args.quick:
         words += [*QUICK_WORDS, "--generation_defaults", json.dumps(QUICK_DEFAULTS)]
     command = call("train", folder, words)
-    transformer = MARPipeline.from_pretrained(folder / "pipeline").transformer
-    return {"parameters": sum(p.numel() for p in transformer.parameters()), "command": command}
+    return {
+        "parameters": MARPipeline.from_pretrained(folder / "pipeline").transformer.num_parameters(),
+        "command": command,
+    }
 
 
 def evaluate(args: Arguments, row: str, seed: int) -> dict:
@@ -267,31 +236,10 @@ def time_row(args: Arguments, row: str) -> dict:
     model, steps = ROWS[row]
     pipeline = load_pipeline(str(args.folder / "models" / f"{model}-{args.seeds[0]}" / "pipeline"))
     found = {"threads": torch.get_num_threads()}
+    settings = {"calls": 2 if args.quick else 4, "num_inference_steps": steps, "guidance_scale": 2.0}
     for name, count in (("alone", 1), ("batch", 2 if args.quick else BATCH_SIZE)):
-        jobs = [(number % 10, number) for number in range(count)]
-        settings = {"num_inference_steps": steps, "guidance_scale": 2.0}
-        found[name] = median_seconds(pipeline, jobs, calls=2 if args.quick else 4, **settings)
+        found[name] = median_seconds(pipeline, [(number % 10, number) for number in range(count)], **settings)
     return found
-
-
-def run_all(tasks: Sequence[Callable[[], None]], jobs: int) -> None:
-    """Run tasks, several side by side in processes of their own; the first that fails ends it."""
-    if jobs == 1:
-        for task in tasks:
-            task()
-        return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            for future in as_completed([pool.submit(task) for task in tasks]):
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def mean_and_deviation(values: Sequence[float]) -> list[float | None]:
-    """Mean and sample deviation, which a single value does not have."""
-    return [statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None]
 
 
 def summarise(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
@@ -311,105 +259,22 @@ def collect(args: Arguments) -> dict[str, Any]:
         model, steps = ROWS[row]
         trainings = {seed: read(args, f"training-{model}-{seed}") for seed in args.seeds}
         evaluations = {seed: read(args, f"evaluation-{row}-{seed}") for seed in args.seeds}
+        tokenizers.add(tokenizer := AUTOENCODERS[MODELS[model][1]])
         rows[row] = {
-            "model": model,
-            "num_inference_steps": steps,
+            **{"model": model, "tokenizer": tokenizer, "num_inference_steps": steps},
             "parameters": trainings[args.seeds[0]]["parameters"],
             **summarise([evaluation["metrics"] for evaluation in evaluations.values()]),
             "seconds_a_picture": read(args, f"speed-{row}"),
-            "trainings": trainings,
-            "evaluations": evaluations,
+            **{"trainings": trainings, "evaluations": evaluations},
         }
-        tokenizers.add(AUTOENCODERS[MODELS[model][1]])
-    packages = ("mar_hf", "torch", "transformers", "diffusers", "accelerate", "scikit-learn")
     return {
-        "quick": args.quick,
-        "seeds": args.seeds,
+        **{"quick": args.quick, "seeds": args.seeds},
         "machine": describe_machine("cuda" if torch.cuda.is_available() else "cpu"),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": describe_versions("accelerate", "scikit-learn"),
         "training": read_json(CONFIG),
         "tokenizers": {name: read(args, f"tokenizer-{name}") for name in sorted(tokenizers)},
         "rows": rows,
     }
-
-
-def in_words(metric: str, value: Sequence[float | None]) -> str:
-    """Mean and deviation for a table."""
-    factor, digits, unit = (100, 1, " %") if metric == RECOGNISED else (1, 2, "")
-    mean, deviation = value[0] * factor, value[1]
-    spread = "" if deviation is None else f" ± {deviation * factor:.{digits}f}"
-    return f"{mean:.{digits}f}{spread}{unit}"
-
-
-def markdown(comparison: dict[str, Any], table: dict[str, dict[str, str]], with_tokenizers: bool) -> str:
-    """A table of the rows that are there, the last one of real pictures."""
-    rows, tokenizers = comparison["rows"], comparison["tokenizers"]
-    lines = []
-    for name in (name for name in table if name in rows):
-        row = rows[name]
-        cells = dict(table[name])
-        if with_tokenizers:
-            tokenizer = tokenizers[AUTOENCODERS[MODELS[row["model"]][1]]]
-            cells["reconstructions"] = in_words(FRECHET, [tokenizer["metrics"][FRECHET], None])
-        cells["parameters"] = f"{row['parameters']:,}"
-        for metric, title in ((FRECHET, "Frechet distance"), (RECOGNISED, "recognised")):
-            cells[title] = in_words(metric, row["without"][metric])
-            cells[f"{title}, guided"] = in_words(metric, row["with"][metric])
-        cells["scale"] = f"{row['guidance_scale']:g}"
-        for kind in ("alone", "batch"):
-            cells[f"s a picture, {kind}"] = f"{row['seconds_a_picture'][kind]:.3f}"
-        lines.append(cells)
-    real = {
-        metric: in_words(metric, [tokenizers["pixels"]["metrics"][metric], None]) for metric in (FRECHET, RECOGNISED)
-    }
-    first = next(iter(lines[0]))
-    lines.append({first: "real pictures", "Frechet distance": real[FRECHET], "recognised": real[RECOGNISED]})
-    return markdown_table(lines)
-
-
-def label(cells: dict[str, str]) -> str:
-    """A row's name in plots."""
-    short = {"cross-entropy": "CE", "bidirectional": "bidir.", "4 on average": "4"}
-    return " ".join(short.get(text, text) for text in cells.values())
-
-
-def draw(args: Arguments, comparison: dict[str, Any], table: dict[str, dict[str, str]], name: str) -> None:
-    """Plots of a table: both metrics without and with guidance, the distance against the time, samples."""
-    rows = {label(table[row]): comparison["rows"][row] for row in table if row in comparison["rows"]}
-    real = comparison["tokenizers"]["pixels"]["metrics"]
-    titles = {FRECHET: "Frechet distance of pixels", RECOGNISED: "recognised digits"}
-    kinds = {"no guidance": "without", "best guidance scale": "with"}
-    panels = {
-        title: {words: [row[kind][metric] for row in rows.values()] for words, kind in kinds.items()}
-        for metric, title in titles.items()
-    }
-    starts = {titles[RECOGNISED]: max(0, min(row["without"][RECOGNISED][0] for row in rows.values()) - 0.1)}
-    levels = {title: real[metric] for metric, title in titles.items()}
-    draw_bars(panels, list(rows), args.folder / f"comparison_{name}.png", levels, starts)
-    points = {row: (found["seconds_a_picture"]["batch"], *found["with"][FRECHET]) for row, found in rows.items()}
-    words = ("seconds a picture, in a batch", "Frechet distance of pixels, guided")
-    draw_points(points, *words, args.folder / f"comparison_{name}_speed.png")
-    # One guided sample of each digit from every row; the last row shows real pictures.
-    folders = [
-        args.folder / "evaluations" / f"{row}-{args.seeds[0]}" / f"guidance_scale={found['guidance_scale']}" / "samples"
-        for row, found in comparison["rows"].items()
-        if row in table
-    ]
-    folders.append(args.folder / "reconstructions" / "pixels")
-    images = [Image.open(min(folder.glob(f"{number}/*.png"))) for folder in folders for number in range(10)]
-    save_grid(images, [*rows, "real"], args.folder / f"comparison_{name}_samples.png")
-
-
-def report(args: Arguments) -> None:
-    """Write `comparison.json`, tables and plots."""
-    comparison = collect(args)
-    write_json(args.folder / "comparison.json", comparison)
-    for name, table in TABLES.items():
-        if table.keys() & comparison["rows"].keys():
-            text = markdown(comparison, table, with_tokenizers=name == "tokenizers")
-            write_text(args.folder / f"{name}.md", text)
-            print(f"\n{text}")
-            draw(args, comparison, table, name)
 
 
 def main(args: Arguments) -> None:
@@ -426,7 +291,8 @@ def main(args: Arguments) -> None:
     run_all([partial(train_and_evaluate, args, model, seed) for seed in args.seeds for model in models], args.jobs)
     for row in args.only:  # nothing beside it: the clock runs
         once(args, f"speed-{row}", time_row, row)
-    report(args)
+    write_json(args.folder / "comparison.json", collect(args))
+    run_script(EXAMPLES / "draw_comparison.py", ["--output_dir", str(args.folder)])
 
 
 if __name__ == "__main__":

@@ -11,15 +11,22 @@ Started again, it goes on; more sweeps may be added. docs/evaluation.md says wha
 """
 
 import pathlib
-import sys
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 from accelerate import Accelerator
 
 from mar_hf import MARPipeline
-from mar_hf.evaluation import FEATURES, Judge, Pictures, claim_folder, generate, load_pipeline, weights_digest
+from mar_hf.evaluation import (
+    FEATURES,
+    Judge,
+    Pictures,
+    claim_folder,
+    describe_versions,
+    generate,
+    load_pipeline,
+    weights_digest,
+)
 from mar_hf.evaluation.classes import choose_folders, choose_labels
 from mar_hf.evaluation.folders import read_json, write_json
 from mar_hf.evaluation.sampling import DTYPES, SAMPLING, check_counts, picture_size
@@ -91,8 +98,7 @@ class Run:
             self.labels, self.size = {name: name for name in samples.labels or []}, samples.size
         claim_folder(self.output, self.settings, accelerator)
         self.file = self.output / "metrics.json"
-        versions = {name: version(name) for name in ("mar_hf", "torch", "transformers", "diffusers", "torchmetrics")}
-        versions["python"] = sys.version.split()[0]
+        versions = describe_versions("torchmetrics")
         self.report: dict[str, Any] = {"settings": self.settings, "versions": versions, "results": []}
         if self.file.exists() and self.pipeline is not None:
             self.report["results"] = read_json(self.file)["results"]

@@ -15,7 +15,6 @@ With `--captions`, a folder of `prepare_emoji.py --captions --hold-out`, a model
 
 import pathlib
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from mar_hf.evaluation import (
     Judge,
     claim_folder,
     describe_machine,
+    describe_versions,
     load_pipeline,
     use_text_encoder,
     weights_digest,
@@ -111,9 +111,7 @@ class Subjects:
         self.all = list(self.classes) or [row["text"][0] for row in self.rows]
         self.jobs = [(subject, number) for subject in self.all for number in range(self.each)]
         if len(self.jobs) < 4:
-            raise ValueError(
-                f"`num_images_per_class` {self.each} makes {len(self.jobs)} pictures, fewer than 4."
-            )
+            raise ValueError(f"`num_images_per_class` {self.each} makes {len(self.jobs)} pictures, fewer than 4.")
 
     def measure(self, pictures: list[torch.Tensor], judge: Judge) -> dict[str, float]:
         """Metrics of one picture for each job."""
@@ -130,7 +128,12 @@ class Subjects:
 
 
 def measure_rounds(
-    args: Arguments, file: pathlib.Path, table: dict[str, dict], variants: dict[str, Any], subjects: Subjects, judge: Judge
+    args: Arguments,
+    file: pathlib.Path,
+    table: dict[str, dict],
+    variants: dict[str, Any],
+    subjects: Subjects,
+    judge: Judge,
 ) -> list[dict[str, Any]]:
     """All rounds; those that stand in the file are not measured again."""
     rounds = read_json(file) if file.exists() else []
@@ -184,7 +187,7 @@ def main(args: Arguments) -> None:
         "num_images": len(subjects.jobs),
         **{name: getattr(args, name) for name in ("num_rounds", "batch_size", "dtype")},
         **{name: note[name] for name in ("weights_digest", "machine")},
-        "versions": {name: version(name) for name in ("mar_hf", "torch", "transformers", "diffusers")},
+        "versions": describe_versions(),
         "reference": {"num_images": judge.pictures and len(judge.pictures), "metrics": judge.metrics},
         "points": points,
     }

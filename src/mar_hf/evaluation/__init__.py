@@ -8,7 +8,7 @@ from .classes import choose_classes, class_folders, class_name, class_names, saf
 from .features import FEATURES, extract
 from .folders import claim_folder
 from .judge import Judge
-from .machine import describe_machine
+from .machine import describe_machine, describe_versions
 from .metrics import (
     Classifier,
     diversity,
@@ -45,6 +45,7 @@ __all__ = [
     "class_name",
     "class_names",
     "describe_machine",
+    "describe_versions",
     "diversity",
     "extract",
     "frechet_distance",

@@ -2,10 +2,6 @@
 """Folders of results that are gone on with: whose they are, what is whole in them, what was found before."""
 
 import json
-import logging
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -103,35 +99,3 @@ def write_text(path: str | PathLike, text: str) -> None:
     """
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def output_to(path: str | PathLike) -> Iterator[None]:
-    """For this while, what is printed and logged goes to the end of a file.
-
-    Args:
-        path (`str` or `os.PathLike`): of the file.
-    """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-        handler = logging.StreamHandler(file)
-        logging.getLogger().addHandler(handler)
-        try:
-            yield
-        finally:
-            logging.getLogger().removeHandler(handler)
-
-
-def write_result(path: str | PathLike, log: str | PathLike, function: Callable[..., dict], *inputs: Any) -> None:
-    """Write what a part of an experiment finds, and how long it took, to a JSON file.
-
-    Args:
-        path (`str` or `os.PathLike`): of the file; where it is there already, the part was done.
-        log (`str` or `os.PathLike`): gets what the part prints.
-        function (`Callable`): the part; returns what it found, a `dict` for JSON.
-        inputs (`Any`): what it takes.
-    """
-    start = time.perf_counter()
-    with output_to(log):
-        found = function(*inputs)
-    write_json(path, found | {"seconds": time.perf_counter() - start})

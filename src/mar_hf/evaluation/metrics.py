@@ -91,7 +91,7 @@ def frechet_distance(
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """For what draws from torch's global generator, which is afterwards as it was, and warns that it keeps all rows."""
+    """For what draws from torch's global generator, which stays as it was, and warns of the memory it takes."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         torch.default_generator.manual_seed(seed)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from ..training import ImageTransform, center_crop, load_image_dataset
@@ -82,6 +83,18 @@ def to_image(picture: torch.Tensor) -> Image.Image:
         `PIL.Image.Image`.
     """
     return Image.fromarray(picture.permute(1, 2, 0).numpy())
+
+
+def save_pictures(pixel_values: torch.Tensor, paths: Sequence[str | os.PathLike]) -> None:
+    """Write pictures as files that are whole or not there.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(pictures, channels, height, width)`): in [-1, 1].
+        paths (`Sequence[str | os.PathLike]`): one for each; missing folders are made.
+    """
+    for image, path in zip(VaeImageProcessor().postprocess(pixel_values), paths, strict=True):
+        with atomic_file(path) as partial:
+            image.save(partial)
 
 
 def save_grid(images: Sequence[Image.Image], names: Sequence[str], path: str | os.PathLike) -> None:

@@ -15,6 +15,7 @@ from ..utils import import_extra, look_up
 from .folders import read_json
 from .plots import saved_figure
 from .sampling import DTYPES, check_sampling, generate_batch, use_scheduler
+from .tables import markdown_table
 
 
 # Keys of a setting beside the arguments of the pipeline.
@@ -85,9 +86,7 @@ def prepare(pipeline: MARPipeline, setting: dict[str, Any]) -> tuple[MARPipeline
     return variant, {name: value for name, value in setting.items() if name not in (SCHEDULER, DTYPE)}
 
 
-def make_pictures(
-    pipeline: MARPipeline, arguments: dict[str, Any], jobs: Sequence[Job], seed: int
-) -> torch.Tensor:
+def make_pictures(pipeline: MARPipeline, arguments: dict[str, Any], jobs: Sequence[Job], seed: int) -> torch.Tensor:
     """Pictures of one batch, as metrics take them.
 
     Args:
@@ -201,20 +200,6 @@ def draw_table(report: dict[str, Any]) -> str:
         cells["cost"] = "" if point is points[0] else f"{cost:+.1f}"
         rows.append(cells | {metric: f"{point['metrics'][metric]:.3g}" for metric in others})
     return markdown_table(rows)
-
-
-def markdown_table(rows: Sequence[dict[str, str]]) -> str:
-    """A table in Markdown.
-
-    Args:
-        rows (`Sequence[dict[str, str]]`): title of the column -> text; the first row has all columns.
-
-    Returns:
-        `str`: lines, the last one ended.
-    """
-    titles = list(rows[0])
-    written = [titles, ["---"] * len(titles), *([row.get(title, "") for title in titles] for row in rows)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in written)
 
 
 def draw_curve(report: dict[str, Any], path: str | PathLike) -> None:
