@@ -22,7 +22,7 @@ def test_tasks_run_side_by_side_and_failures_are_told(tmp_path):
 
 
 def find(number):
-    print(f"looking for {number}")
+    sys.stdout.write(f"looking for {number}\n")
     logging.getLogger("search").warning("not far")
     return {"found": number}
 

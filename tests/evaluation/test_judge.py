@@ -67,6 +67,7 @@ def test_what_can_not_be_judged(real, tmp_path):
         Judge(real, 8, features="pixels").measure([*Pictures(real)][:3])
 
 
+@pytest.mark.slow
 def test_importing_the_library_imports_no_extra():
     code = """
 import sys

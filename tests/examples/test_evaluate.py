@@ -176,10 +176,11 @@ def test_statistics_from_a_file(real, model, tmp_path, with_pictures):
 
 
 def test_sweeps_of_the_command_line():
-    words = "--reference a --output_dir b --sweep temperature 1 0.9 --sweep guidance_scale 2".split()
+    words = "--reference . --output_dir b --pretrained_model_name_or_path c".split()
+    words += "--sweep temperature 1 0.9 --sweep guidance_scale 2".split()
     args = evaluate.parse_arguments(evaluate.Arguments, words)
     assert args.sweep == ["temperature", "1", "0.9", "guidance_scale", "2"]
-    assert evaluate.parse_arguments(evaluate.Arguments, words[:4]).sweep == []
+    assert evaluate.parse_arguments(evaluate.Arguments, words[:6]).sweep == []
 
 
 @pytest.mark.parametrize(
