@@ -8,7 +8,7 @@
 `accelerate launch -m mar_hf.training latents`.
 """
 
-from mar_hf.training.cli import run_cache
+from mar_hf.training.programs import run_cache
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ To change what a step is, which pictures are drawn or what is saved, subclass `T
 """
 
 from mar_hf.training import Trainer
-from mar_hf.training.cli import run_trainer
+from mar_hf.training.programs import run_trainer
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ To change what a step is, subclass `TextEncoderTrainer` here and override the me
 """
 
 from mar_hf.training import TextEncoderTrainer
-from mar_hf.training.cli import run_trainer
+from mar_hf.training.programs import run_trainer
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@
 To change what a step is or what is measured, subclass `TokenizerTrainer` here and override the method.
 """
 
-from mar_hf.training import TokenizerTrainer
-from mar_hf.training.cli import run_trainer
+from mar_hf.training import TokenizerTrainer, latent_statistics, some_pictures  # noqa: F401
+from mar_hf.training.programs import run_trainer
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`accelerate launch -m mar_hf.training`."""
 
-from .cli import main
+from .programs import main
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@ import json
 import os
 import pathlib
 import shutil
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import SCALER_NAME, broadcast_object_list
+
+from .resuming import changed_settings, check_data
 
 
 logger = get_logger(__name__)
@@ -23,28 +26,42 @@ class Progress:
     Args:
         num_examples (`int`): of the data set; a checkpoint of another number is refused.
         seed (`int`): of the run; likewise.
+        settings (`dict`, *optional*): see `remembered_settings`.
+        data (`dict`, *optional*): fingerprints of the data, by name; a checkpoint of other data is refused.
     """
 
-    def __init__(self, num_examples: int, seed: int):
+    def __init__(
+        self,
+        num_examples: int,
+        seed: int,
+        settings: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+    ):
         self.num_examples = num_examples
         self.seed = seed
+        self.settings = settings or {}
+        self.data = data or {}
         self.step = 0
         self.position = 0
         self.history: list[dict[str, float]] = []
+        # (step, setting, its value until then), of settings that were changed when the run was resumed.
+        self.changes: list[list[Any]] = []
 
     def state_dict(self) -> dict[str, str]:
         """Everything, for `torch.save`: as JSON, since pickles of equal objects can differ."""
         return {"json": json.dumps(vars(self))}
 
-    def load_state_dict(self, state: dict[str, str]) -> None:
-        """Take over what `state_dict` gave.
+    def changed_settings(self, state: dict[str, str]) -> dict[str, tuple[Any, Any]]:
+        """What this run sets otherwise than the one of a checkpoint.
 
         Args:
-            state (`dict[str, str]`): of another object.
+            state (`dict[str, str]`): what `state_dict` gave.
+
+        Returns:
+            `dict[str, tuple]`: name -> (old, new).
 
         Raises:
-            ValueError: if the data set had another number of examples, or the run another seed: the order of the
-                examples would be another one.
+            ValueError: if the data is other data, or a setting can't be changed.
         """
         state = json.loads(state["json"])
         if state["num_examples"] != self.num_examples:
@@ -54,7 +71,21 @@ class Progress:
             )
         if state["seed"] != self.seed:
             raise ValueError(f"The checkpoint was trained with `seed` {state['seed']}, got {self.seed}.")
-        vars(self).update(state)
+        check_data(state.get("data", {}), self.data)
+        return changed_settings(state.get("settings", {}), self.settings)
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Take over what `state_dict` gave, and note what is set otherwise from here on.
+
+        Args:
+            state (`dict[str, str]`): of another object.
+
+        Raises:
+            ValueError: see `changed_settings`.
+        """
+        changed, new = self.changed_settings(state), {"settings": self.settings, "data": self.data}
+        vars(self).update(json.loads(state["json"]) | new)
+        self.changes += [[self.step, name, old] for name, (old, _) in changed.items()]
 
 
 def digests(folder: pathlib.Path) -> dict[str, str]:
@@ -162,7 +193,8 @@ def load_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, nam
         `pathlib.Path`, *optional*: what was loaded; None where `"latest"` finds no checkpoint at all.
 
     Raises:
-        ValueError: if the named checkpoint is not there or damaged, or all of them are damaged.
+        ValueError: if the named checkpoint is not there or damaged, all of them are damaged, or it holds no loss scale
+            where one is needed.
     """
     choice = [None, None]
     if accelerator.is_main_process:
@@ -172,6 +204,8 @@ def load_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, nam
         raise ValueError(problem)
     if chosen is None:
         return None
+    if accelerator.scaler is not None and not pathlib.Path(chosen, SCALER_NAME).exists():
+        raise ValueError(f"{chosen} was trained without `mixed_precision` fp16, which can't begin in between.")
     accelerator.load_state(chosen)
     # Nothing is half accumulated, also where another number is accumulated now.
     accelerator.step -= accelerator.step % accelerator.gradient_accumulation_steps

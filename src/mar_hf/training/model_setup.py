@@ -4,12 +4,16 @@
 import json
 import pathlib
 import re
+import warnings
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..models import BACKBONES, MARConfig
+from ..generation import TOKEN_SCHEDULES
+from ..models import BACKBONES, MARConfig, check_text_encoder
 from ..pipelines import MARPipeline
+from ..schedulers import TokenDDPMScheduler
 from ..tokenizers import ImageTokenizer, ImageTokenizerConfig
 from ..utils import import_extra, look_up
 from .arguments import TrainingArguments
@@ -68,6 +72,53 @@ def text_encoder_source(args: TrainingArguments) -> str | None:
         return None
     index = MARPipeline.load_config(args.pretrained_model_name_or_path)
     return args.pretrained_model_name_or_path if (index.get("text_encoder") or [None])[0] else None
+
+
+def find_text_dim(
+    text_encoder: PreTrainedModel | None,
+    dataset: torch.utils.data.Dataset,
+    validation_dataset: torch.utils.data.Dataset,
+) -> int | None:
+    """Width of the states that captions have.
+
+    Args:
+        text_encoder (`PreTrainedModel`, *optional*): the text encoder.
+        dataset (`torch.utils.data.Dataset`): what is trained on.
+        validation_dataset (`torch.utils.data.Dataset`): what is measured on.
+
+    Returns:
+        `int`, *optional*: None where nothing is trained on captions.
+
+    Raises:
+        ValueError: if the cached texts do not fit each other or the text encoder.
+    """
+    if hasattr(dataset, "with_transform"):
+        return None if text_encoder is None else text_encoder.config.hidden_size
+    text_dim = dataset.text_dim
+    if validation_dataset.text_dim != text_dim:
+        raise ValueError("`validation_data_dir` has to hold what `train_data_dir` does: texts or none.")
+    if text_encoder is not None and text_dim is None:
+        raise ValueError("The cached latents hold no texts: cache them with `--pretrained_text_encoder` as well.")
+    if text_encoder is not None:
+        check_text_encoder(text_encoder, text_dim)
+    return text_dim
+
+
+def check_text_lengths(dataset: torch.utils.data.Dataset, limit: int) -> None:
+    """Refuse cached texts that the model does not take whole: cut states are not those of the cut text.
+
+    Args:
+        dataset (`torch.utils.data.Dataset`): cached latents with texts.
+        limit (`int`): tokens that the model takes.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    if (longest := dataset.longest_text()) > limit:
+        raise ValueError(
+            f"The cached texts have up to {longest} tokens, and the model takes {limit}: cache them with "
+            f"`--max_sequence_length {limit}`, or set `num_text_tokens` in `model_config`."
+        )
 
 
 def tokenizer_source(args: TrainingArguments) -> tuple[str, str] | None:
@@ -296,3 +347,78 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for name, p in trained if decayed[name]], "weight_decay": weight_decay},
         {"params": [p for name, p in trained if not decayed[name]], "weight_decay": 0.0},
     ]
+
+
+def build_noise_scheduler(args: TrainingArguments) -> TokenDDPMScheduler:
+    """The noise schedule of the loss, and the sampler that is saved.
+
+    Args:
+        args (`TrainingArguments`): settings.
+
+    Returns:
+        `TokenDDPMScheduler`.
+    """
+    settings = {}
+    if args.pretrained_model_name_or_path is not None:
+        settings = TokenDDPMScheduler.load_config(args.pretrained_model_name_or_path, subfolder="scheduler")
+    # Young models need the first steps of the sampler left out.
+    settings["max_timestep"] = args.max_timestep or settings.get("max_timestep", 950)
+    return TokenDDPMScheduler.from_config(settings)
+
+
+def can_be_guided(config: PreTrainedConfig, names: list[str] | None) -> bool:
+    """Whether a model is trained both with and without something to tell pictures by, which guidance compares.
+
+    Args:
+        config (`PreTrainedConfig`): of the model.
+        names (`list[str]`, *optional*): of the classes.
+
+    Returns:
+        `bool`.
+    """
+    by_text = config.text_dim is not None and config.text_dropout_prob > 0
+    return by_text or bool(names and config.class_dropout_prob > 0)
+
+
+def build_generation_defaults(
+    args: TrainingArguments, model: PreTrainedModel, names: list[str] | None
+) -> dict[str, Any]:
+    """What the saved pipeline does by default; wrong settings are better found now than when it is built.
+
+    Args:
+        args (`TrainingArguments`): what they say of it replaces what a pipeline that is fine-tuned has, one by one;
+            null takes a default away.
+        model (`PreTrainedModel`): the bare model.
+        names (`list[str]`, *optional*): of the classes.
+
+    Returns:
+        `dict[str, Any]`: arguments of the pipeline's call.
+
+    Raises:
+        ValueError: if the model can't draw in so few steps.
+    """
+    defaults = {}
+    if args.pretrained_model_name_or_path is not None:
+        defaults = dict(MARPipeline.load_config(args.pretrained_model_name_or_path)["generation_defaults"] or {})
+        if "order" in json.loads(args.model_config):
+            defaults.pop("generation_order", None)
+    elif args.generation_defaults is None:
+        defaults = {"num_inference_steps": 32, "num_diffusion_steps": 50, "guidance_scale": 3.0}
+        # What follows from the model need not be saved.
+        defaults = {name: value for name, value in defaults.items() if name not in model.sampling_defaults}
+        if not can_be_guided(model.config, names):
+            defaults["guidance_scale"] = 1.0
+    defaults |= json.loads(args.generation_defaults or "{}")
+    defaults = {name: value for name, value in defaults.items() if value is not None}
+    if defaults.get("guidance_scale", 1.0) != 1.0 and not can_be_guided(model.config, names):
+        warnings.warn(
+            f"`guidance_scale` {defaults['guidance_scale']} compares with a model without a class or text, which this "
+            "training does not train: `class_dropout_prob` or `text_dropout_prob` has to be above 0.",
+            stacklevel=2,
+        )
+    if "num_inference_steps" in defaults:
+        defaults["num_inference_steps"] = min(defaults["num_inference_steps"], model.config.num_tokens)
+        settings = {"token_schedule": "cosine", **model.sampling_defaults, **defaults}
+        schedule = look_up(TOKEN_SCHEDULES, settings["token_schedule"], "token_schedule")
+        model.check_tokens_per_step(schedule(model.config.num_tokens, settings["num_inference_steps"]))
+    return defaults

@@ -13,24 +13,33 @@ import torch
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
 from huggingface_hub import HfApi
 from PIL import Image
 from transformers import PreTrainedModel
 
-from ..generation import TOKEN_SCHEDULES
 from ..hub import build_model_card
-from ..models import check_text_encoder, load_text_encoder
+from ..models import load_text_encoder
 from ..pipelines import MARPipeline
-from ..schedulers import TokenDDPMScheduler
-from ..utils import atomic_folder, draw_grid, import_extra, look_up
+from ..utils import atomic_folder, import_extra
 from .arguments import TrainingArguments
 from .batches import Collator, PositionedDataset, example_generators
 from .cards import describe_training
-from .checkpoints import Progress
 from .curves import write_curves, write_samples
 from .model_inputs import draw_inputs, encode, text_inputs
-from .model_setup import add_lora, build_model, load_data, load_tokenizer, parameter_groups, text_encoder_source
+from .model_setup import (
+    add_lora,
+    build_generation_defaults,
+    build_model,
+    build_noise_scheduler,
+    check_text_lengths,
+    find_text_dim,
+    load_data,
+    load_tokenizer,
+    parameter_groups,
+    text_encoder_source,
+)
+from .resuming import fingerprint_latents, fingerprint_pictures, fingerprint_tokenizer, fingerprint_weights
+from .samples import sample_classes, sample_texts
 from .trainer_base import BaseTrainer
 
 
@@ -73,7 +82,7 @@ class Trainer(BaseTrainer):
         set_seed(args.seed)
         self.load_data()
         model = self.build_model()
-        self.noise_scheduler = self.build_noise_scheduler()
+        self.noise_scheduler = build_noise_scheduler(args)
         self.prepare(model)
         # Dropout draws from the global state; processes need not drop the same.
         set_seed(args.seed, device_specific=True)
@@ -109,7 +118,20 @@ class Trainer(BaseTrainer):
         self.tokenizer = load_tokenizer(args, self.dataset, weights=not self.from_latents)
         if not self.from_latents:
             self.tokenizer.to(accelerator.device)
-        self.progress = Progress(len(self.dataset), args.seed)
+        self.progress = self.start_progress(self.fingerprints())
+
+    def fingerprints(self) -> dict[str, Any]:
+        """What tells the data from other data.
+
+        Returns:
+            `dict[str, Any]`: digests, by what they are of.
+        """
+        found = {"image tokenizer": fingerprint_tokenizer(self.tokenizer)}
+        if self.from_latents:
+            found |= fingerprint_latents(self.dataset)
+        else:
+            found |= fingerprint_pictures(self.dataset, self.args.train_data_dir)
+        return found if self.text_encoder is None else found | {"text encoder": fingerprint_weights(self.text_encoder)}
 
     def build_model(self) -> torch.nn.Module:
         """The model as it is trained, and what is known of it.
@@ -118,15 +140,18 @@ class Trainer(BaseTrainer):
             `torch.nn.Module`: on the CPU.
         """
         args = self.args
-        text_dim = self.find_text_dim()
+        if self.text_encoder is not None and not self.from_latents:
+            self.text_encoder.to(self.accelerator.device)
+        text_dim = find_text_dim(self.text_encoder, self.dataset, self.validation_dataset)
         model = build_model(args, self.tokenizer, self.names, text_dim)
         self.model_class, self.config, self.bare_model = type(model), model.config, model
         if self.from_latents and text_dim is not None:
-            self.check_text_lengths()
+            for dataset in (self.dataset, self.validation_dataset):
+                check_text_lengths(dataset, model.config.num_text_tokens)
         needs_weights = self.from_latents and model.head.uses_codebook
         tokenizer = load_tokenizer(args, self.dataset, weights=True) if needs_weights else self.tokenizer
         model.head.set_tokenizer(tokenizer)
-        self.generation_defaults = self.build_generation_defaults()
+        self.generation_defaults = build_generation_defaults(args, model, self.names)
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         model = add_lora(args, model)
@@ -169,80 +194,8 @@ class Trainer(BaseTrainer):
         )
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.ema = EMAModel(self.trained, decay=args.ema_decay, foreach=True)
-        accelerator.register_for_checkpointing(self.lr_scheduler, self.ema, self.progress)
-
-    def find_text_dim(self) -> int | None:
-        """Width of the states that captions have.
-
-        Returns:
-            `int`, *optional*: None where nothing is trained on captions.
-
-        Raises:
-            ValueError: if the cached texts do not fit the settings.
-        """
-        if not self.from_latents:
-            if self.text_encoder is None:
-                return None
-            return self.text_encoder.to(self.accelerator.device).config.hidden_size
-        text_dim = self.dataset.text_dim
-        if self.validation_dataset.text_dim != text_dim:
-            raise ValueError("`validation_data_dir` has to hold what `train_data_dir` does: texts or none.")
-        if self.text_encoder is not None and text_dim is None:
-            raise ValueError("The cached latents hold no texts: cache them with `--pretrained_text_encoder` as well.")
-        if self.text_encoder is not None:
-            check_text_encoder(self.text_encoder, text_dim)
-        return text_dim
-
-    def check_text_lengths(self) -> None:
-        """Refuse cached texts that the model does not take whole: cut states are not those of the cut text.
-
-        Raises:
-            ValueError: if there are any.
-        """
-        limit = self.config.num_text_tokens
-        for dataset in (self.dataset, self.validation_dataset):
-            if (longest := dataset.longest_text()) > limit:
-                raise ValueError(
-                    f"The cached texts have up to {longest} tokens, and the model takes {limit}: cache them with "
-                    f"`--max_sequence_length {limit}`, or set `num_text_tokens` in `model_config`."
-                )
-
-    def build_noise_scheduler(self) -> TokenDDPMScheduler:
-        """The noise schedule of the loss, and the sampler that is saved.
-
-        Returns:
-            `TokenDDPMScheduler`.
-        """
-        args, settings = self.args, {}
-        if args.pretrained_model_name_or_path is not None:
-            settings = TokenDDPMScheduler.load_config(args.pretrained_model_name_or_path, subfolder="scheduler")
-        # Young models need the first steps of the sampler left out.
-        settings["max_timestep"] = args.max_timestep or settings.get("max_timestep", 950)
-        return TokenDDPMScheduler.from_config(settings)
-
-    def build_generation_defaults(self) -> dict[str, Any]:
-        """What the saved pipeline does by default; wrong settings are better found now than when it is built.
-
-        Returns:
-            `dict[str, Any]`: arguments of its call.
-        """
-        args, model = self.args, self.bare_model
-        if args.generation_defaults is not None:
-            defaults = json.loads(args.generation_defaults)
-        elif args.pretrained_model_name_or_path is not None:
-            defaults = MARPipeline.load_config(args.pretrained_model_name_or_path)["generation_defaults"] or {}
-            if "order" in json.loads(args.model_config):
-                defaults.pop("generation_order", None)
-        else:
-            defaults = {"num_inference_steps": 32, "num_diffusion_steps": 50, "guidance_scale": 3.0}
-            # What follows from the model need not be saved.
-            defaults = {name: value for name, value in defaults.items() if name not in model.sampling_defaults}
-        if "num_inference_steps" in defaults:
-            defaults["num_inference_steps"] = min(defaults["num_inference_steps"], self.config.num_tokens)
-            settings = {"token_schedule": "cosine", **model.sampling_defaults, **defaults}
-            schedule = look_up(TOKEN_SCHEDULES, settings["token_schedule"], "token_schedule")
-            model.check_tokens_per_step(schedule(self.config.num_tokens, settings["num_inference_steps"]))
-        return defaults
+        self.schedules.append((optimizer, self.lr_scheduler))
+        self.register(self.lr_scheduler, self.ema, self.progress)
 
     def loss(self, batch: dict[str, torch.Tensor], batch_number: int) -> torch.Tensor:
         """The training loss of a batch, drawing everything random from the examples' own generators.
@@ -382,8 +335,8 @@ class Trainer(BaseTrainer):
             losses += [output.loss] * len(tokens)
         return torch.stack(losses).mean().item()
 
-    def sample_grid(self, pipe: MARPipeline) -> Image.Image:
-        """A row of samples for each of at most 40 classes, or one row; the same seeds every time.
+    def sample(self, pipe: MARPipeline) -> Image.Image:
+        """A grid of samples, of the same classes or captions and seeds every time.
 
         Args:
             pipe (`MARPipeline`): that is saved.
@@ -391,44 +344,16 @@ class Trainer(BaseTrainer):
         Returns:
             `PIL.Image.Image`: the grid.
         """
-        if self.config.text_dim is not None:
-            return self.sample_texts(pipe)
-        columns = self.args.validation_images
-        rows = min(40, len(self.names)) if self.names else 1
-        classes = torch.linspace(0, len(self.names or "-") - 1, rows).long().tolist()
-        seeds = [(number, 1000 * number + column) for number in classes for column in range(columns)]
-        images = []
-        for first in range(0, len(seeds), self.args.train_batch_size):
-            labels, numbers = zip(*seeds[first : first + self.args.train_batch_size], strict=True)
-            images += pipe(
-                class_labels=list(labels) if self.names else None,
-                num_images_per_prompt=1 if self.names else len(labels),
-                generator=[torch.Generator().manual_seed(number) for number in numbers],
-            ).images
-        return make_image_grid(images, rows=rows, cols=columns, resize=max(64, self.args.resolution))
-
-    def sample_texts(self, pipe: MARPipeline) -> Image.Image:
-        """A row of samples for the captions of each of at most 16 examples; the same seeds every time.
-
-        Args:
-            pipe (`MARPipeline`): that is saved.
-
-        Returns:
-            `PIL.Image.Image`: the grid.
-        """
-        columns, rows = self.args.validation_images, min(16, len(self.validation_dataset))
+        args = self.args
+        if self.config.text_dim is None:
+            return sample_classes(pipe, self.names, args.validation_images, args.train_batch_size, args.resolution)
+        rows = min(16, len(self.validation_dataset))
         chosen = torch.linspace(0, len(self.validation_dataset) - 1, rows).long().tolist()
         keys = [(index, number) for number, index in enumerate(chosen)]
         batch = self.collate(PositionedDataset(self.validation_dataset).__getitems__(keys))
-        images = pipe(
-            class_labels=batch["label"].tolist() if self.names else None,
-            **self.text_inputs(batch, pipe.device),
-            num_images_per_prompt=columns,
-            generator=[torch.Generator().manual_seed(number) for number in range(rows * columns)],
-        ).images
-        if "text" in batch:
-            return draw_grid(images, batch["text"])
-        return make_image_grid(images, rows=rows, cols=columns, resize=max(64, self.args.resolution))
+        labels = batch["label"].tolist() if self.names else None
+        inputs = self.text_inputs(batch, pipe.device)
+        return sample_texts(pipe, inputs, labels, batch.get("text"), args.validation_images, args.resolution)
 
     def validate(self) -> None:
         """Save the pipeline with its card and samples, and the curves; every process calls this.
@@ -444,7 +369,7 @@ class Trainer(BaseTrainer):
             validation_loss = self.validation_loss(model)
             self.progress.history[-1]["validation_loss"] = validation_loss
             self.accelerator.log({"validation_loss": validation_loss}, step=step)
-            grid = self.sample_grid(pipe)
+            grid = self.sample(pipe)
             write_samples(grid, folder, step)
             for tracker in self.accelerator.trackers:
                 if hasattr(tracker, "log_images"):
@@ -473,11 +398,11 @@ class Trainer(BaseTrainer):
             grid.save(pathlib.Path(target, "samples.png"))
             shutil.copy(folder / "loss.png", target)
             name = self.args.hub_model_id or str(folder / "pipeline")
-            example = {"example_class": 0 if self.config.num_classes else None}
+            example = {"example_class": 0 if self.names else None}
             if self.text_encoder is not None and not self.from_latents:
                 example["example_prompt"] = self.dataset[0]["text"][0]
-            args, row, processes = self.args, self.progress.history[-1], self.accelerator.num_processes
-            description = describe_training(args, self.num_params, len(self.dataset), processes, row)
+            processes = self.accelerator.num_processes
+            description = describe_training(self.args, self.num_params, processes, self.progress)
             card = build_model_card(name, description, class_names=self.names, **example)
             card.save(pathlib.Path(target, "README.md"))
 

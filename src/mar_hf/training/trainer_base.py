@@ -17,6 +17,7 @@ from .accelerator import make_accelerator
 from .arguments import BaseTrainingArguments
 from .batches import PositionedDataset, TrainingBatches
 from .checkpoints import Progress, list_checkpoints, load_checkpoint, save_checkpoint
+from .resuming import remembered_settings
 
 
 logger = get_logger(__name__)
@@ -52,6 +53,9 @@ class BaseTrainer(ABC):
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             **self.accelerator_settings(),
         )
+        self.accelerator.register_load_state_pre_hook(self.check_checkpoint)
+        self.registered: list[Any] = []
+        self.schedules: list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]] = []
         if args.train_data_dir is None:
             raise ValueError("`train_data_dir` has to be given.")
         self.check_output_dir()
@@ -63,6 +67,26 @@ class BaseTrainer(ABC):
             `dict[str, Any]`: arguments of `accelerate.Accelerator`.
         """
         return {}
+
+    def register(self, *parts: Any) -> None:
+        """Make parts that are not prepared a part of checkpoints.
+
+        Args:
+            parts (`Any`): with `state_dict` and `load_state_dict`, in the order in which files are numbered.
+        """
+        self.registered += parts
+        self.accelerator.register_for_checkpointing(*parts)
+
+    def start_progress(self, data: dict[str, Any]) -> Progress:
+        """How far the run is: nowhere yet.
+
+        Args:
+            data (`dict[str, Any]`): fingerprints of the data, by name.
+
+        Returns:
+            `Progress`: to be registered.
+        """
+        return Progress(len(self.dataset), self.args.seed, remembered_settings(self.args), data)
 
     def check_output_dir(self) -> None:
         """Refuse to start anew among the checkpoints of another run.
@@ -124,10 +148,53 @@ class BaseTrainer(ABC):
         """Load the checkpoint that the settings name, if any; every process calls this."""
         args, accelerator = self.args, self.accelerator
         if args.resume_from_checkpoint is not None:
+            chosen = self.chosen_hyperparameters()
             loaded = load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
             logger.warning(f"Going on from {loaded}." if loaded else "No checkpoint yet: starting from the beginning.")
+            if loaded:
+                self.set_hyperparameters(chosen)
         if self.ema is not None:
             self.ema.to(accelerator.device)
+
+    def check_checkpoint(self, models: list[torch.nn.Module], folder: str) -> None:
+        """Before anything of a checkpoint is loaded: refuse one of other data or another model; say what changes.
+
+        Args:
+            models (`list[torch.nn.Module]`): unused; accelerate gives it.
+            folder (`str`): the checkpoint.
+
+        Raises:
+            ValueError: naming what is another one.
+        """
+        path = pathlib.Path(folder, f"custom_checkpoint_{self.registered.index(self.progress)}.pkl")
+        changed = self.progress.changed_settings(torch.load(path, map_location="cpu", weights_only=True))
+        if changed:
+            said = ", ".join(f"`{name}` {new!r} instead of {old!r}" for name, (old, new) in changed.items())
+            logger.warning(f"Settings that are others from here on: {said}.")
+
+    def chosen_hyperparameters(self) -> list[list[dict[str, Any]]]:
+        """What the settings say about each parameter group of each optimizer.
+
+        Returns:
+            `list[list[dict[str, Any]]]`: `initial_lr`, `betas` and `weight_decay`.
+        """
+        names = ("initial_lr", "betas", "weight_decay")
+        return [[{name: group[name] for name in names} for group in one.param_groups] for one, _ in self.schedules]
+
+    def set_hyperparameters(self, chosen: list[list[dict[str, Any]]]) -> None:
+        """Put the settings in the place of what a checkpoint says; a checkpoint of the same settings stays as it is.
+
+        Args:
+            chosen (`list[list[dict[str, Any]]]`): see `chosen_hyperparameters`.
+        """
+        for (optimizer, scheduler), groups in zip(self.schedules, chosen, strict=True):
+            scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            for group, new, factor in zip(optimizer.param_groups, groups, factors, strict=True):
+                group.update(new, lr=new["initial_lr"] * factor)
+            scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+        if self.ema is not None:
+            self.ema.decay = self.args.ema_decay
 
     def make_batches(self) -> DataLoader:
         """A process' batches from the run's position on.
@@ -198,7 +265,8 @@ class BaseTrainer(ABC):
             num_warmup_steps=self.args.lr_warmup_steps,
             num_training_steps=self.args.max_train_steps - start,
         )
-        self.accelerator.register_for_checkpointing(scheduler)
+        self.register(scheduler)
+        self.schedules.append((optimizer, scheduler))
         return scheduler
 
     def finite_loss(self, loss: torch.Tensor, norm: torch.Tensor | float) -> torch.Tensor:

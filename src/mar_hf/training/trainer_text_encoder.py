@@ -21,8 +21,8 @@ from transformers import (
 from ..utils import atomic_folder
 from .arguments import TextEncoderTrainingArguments
 from .batches import example_generators
-from .checkpoints import Progress
 from .curves import write_curves
+from .resuming import fingerprint
 from .text_data import caption_choices, read_captions
 from .text_tokenizer import check_tokenizer, make_tokenizer, train_sentencepiece
 from .trainer_base import BaseTrainer
@@ -149,8 +149,8 @@ class TextEncoderTrainer(BaseTrainer):
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
         self.lr_scheduler = self.cosine_schedule(optimizer)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.progress = Progress(len(self.dataset), args.seed)
-        self.accelerator.register_for_checkpointing(self.progress)
+        self.progress = self.start_progress({"captions": fingerprint([captions, labels])})
+        self.register(self.progress)
         # Dropout draws from the global state; processes need not drop the same.
         set_seed(args.seed, device_specific=True)
 

@@ -23,10 +23,10 @@ from ..tokenizers import ImageTokenizer
 from .arguments import TokenizerTrainingArguments
 from .autoencoders import Autoencoder, Reconstruction, build_autoencoder, latent_statistics, perplexity
 from .batches import Collator, example_generators
-from .checkpoints import Progress
 from .curves import write_curves, write_samples
 from .image_data import ImageTransform, load_image_dataset, some_pictures
 from .reconstruction_losses import PatchDiscriminator, PerceptualLoss, discriminator_loss
+from .resuming import fingerprint_pictures
 from .trainer_base import BaseTrainer
 
 
@@ -83,7 +83,7 @@ class TokenizerTrainer(BaseTrainer):
         self.reconstruction = self.accelerator.unwrap_model(self.model)
         self.trained = list(self.vae.parameters())
         self.ema = EMAModel(self.trained, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
-        self.progress = Progress(len(self.dataset), args.seed)
+        self.progress = self.start_progress(fingerprint_pictures(self.dataset, args.train_data_dir))
         self.discriminator = None
         if args.discriminator_start is not None:
             # Patches of small pictures are seen by fewer layers.
@@ -91,7 +91,7 @@ class TokenizerTrainer(BaseTrainer):
             self.discriminator, self.discriminator_optimizer, self.discriminator_scheduler = self.prepare(
                 PatchDiscriminator(num_layers=num_layers), (0.5, 0.9), args.discriminator_start
             )
-        self.accelerator.register_for_checkpointing(self.ema, self.progress)
+        self.register(self.ema, self.progress)
 
     def prepare(
         self, model: torch.nn.Module, betas: tuple[float, float], start: int = 0

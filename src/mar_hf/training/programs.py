@@ -5,6 +5,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
 from .arguments import parse_arguments
 from .latent_cache import LatentCacheArguments, cache_latents
 from .trainer import Trainer
@@ -27,7 +29,7 @@ def run_trainer(trainer_class: type[BaseTrainer], argv: Sequence[str] | None = N
     trainer = trainer_class(parse_arguments(trainer_class.arguments_class, argv))
     trainer.train()
     if trainer.summary:
-        print(trainer.summary)
+        tqdm.write(trainer.summary)
 
 
 def run_cache(argv: Sequence[str] | None = None) -> None:
@@ -37,7 +39,7 @@ def run_cache(argv: Sequence[str] | None = None) -> None:
         argv (`Sequence[str]`, *optional*): words of the command line; None takes the program's own.
     """
     if summary := cache_latents(parse_arguments(LatentCacheArguments, argv)):
-        print(summary)
+        tqdm.write(summary)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
