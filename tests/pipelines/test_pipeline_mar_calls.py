@@ -260,9 +260,7 @@ def test_wrong_defaults_are_refused_when_a_checkpoint_is_loaded(tmp_path):
 
 def test_a_default_that_does_not_fit_the_model_is_called_a_default():
     pipe = tiny_pipeline(generation_defaults={"num_inference_steps": 99, "num_diffusion_steps": 2})
-    with pytest.raises(
-        ValueError, match=r"`generation_defaults` of the pipeline: `num_inference_steps`.* 1\.\.16, got 99"
-    ):
+    with pytest.raises(ValueError, match=r"`generation_defaults` of .*: `num_inference_steps`.* 1\.\.16, got 99"):
         pipe(1)
     pipe(1, num_inference_steps=3)
     with pytest.raises(ValueError, match=r"^`num_inference_steps` has to lie in 1\.\.16 \(the tokens\), got 17"):
