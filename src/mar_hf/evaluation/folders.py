@@ -59,7 +59,7 @@ def claim_folder(folder: str | PathLike, settings: dict[str, Any], accelerator: 
 
 def _is_foreign(path: Path) -> bool:
     # What a run leaves that was killed while it wrote the note is none of the user's.
-    return not path.name.startswith(f".{SETTINGS_FILE}-")
+    return not path.name.startswith(f".{SETTINGS_FILE}")
 
 
 def read_json(path: str | PathLike) -> Any:
