@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks that no linter makes: `python utils/check_repo.py` prints what is wrong and fails if anything is.
 
-- Every public class, function, method and property has a docstring of its own.
-- Every parameter is documented under `Args:`, and none that is not there.
+- Every public class, function, method and property has a docstring: its own, or, for a method that overrides another
+  of the package with the same arguments, that of the other.
+- Every parameter is documented under `Args:`, and none that is not there. A method may leave out what the method that
+  it overrides has documented; what `**kwargs: Unpack[SomeTypedDict]` takes counts as parameters.
 - A documented default ("defaults to X") is the signature's, and no default goes undocumented.
 - Every module of the package has its test file, and every public name appears in the documentation.
 """
@@ -14,7 +16,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
+
+from typing_extensions import Unpack
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,13 +108,22 @@ def function_parameters(function: Callable, is_method: bool) -> tuple[dict[str, 
     """Parameter name -> default of all that must be documented; and the names of `*args` and `**kwargs`."""
     every = list(inspect.signature(function).parameters.values())[is_method:]
     variable = {p.name for p in every if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    return {p.name: p.default for p in every if p.name not in variable}, variable
+    parameters = {p.name: p.default for p in every if p.name not in variable}
+    for parameter in every:
+        if get_origin(parameter.annotation) is Unpack:
+            parameters |= dict.fromkeys(get_args(parameter.annotation)[0].__annotations__)
+    return parameters, variable
 
 
 def class_parameters(cls: type) -> tuple[dict[str, Any], set[str]]:
-    """The same of a class: of the fields that a dataclass adds to its bases, or of its own constructor."""
+    """The same of a class: of the fields that a dataclass adds to its bases, or of its own constructor. A constructor
+    that comes from elsewhere in the package may be documented."""
     if not dataclasses.is_dataclass(cls):
-        return function_parameters(cls.__init__, is_method=True) if "__init__" in vars(cls) else ({}, set())
+        own, function = "__init__" in vars(cls), own_function(cls.__init__, "__init__")
+        if not own and not (function and function.__module__.startswith(PACKAGE)):
+            return {}, set()
+        parameters, variable = function_parameters(function, is_method=True)
+        return (parameters, variable) if own else ({}, variable | set(parameters))
     defaults = {}
     for field in dataclasses.fields(cls):
         made = field.default_factory is not dataclasses.MISSING
@@ -134,7 +147,8 @@ def class_problems(cls: type) -> Iterator[tuple[str, str]]:
         if isinstance(member, property) and not member.__doc__:
             yield f"{cls.__name__}.{name}", "no docstring"
         elif function and (function.__doc__ or not overrides_documented(cls, name)):
-            for problem in function_problems(function, is_method=not isinstance(member, staticmethod)):
+            is_method = not isinstance(member, staticmethod)
+            for problem in function_problems(function, is_method, overridden(cls, name)):
                 yield f"{cls.__name__}.{name}", problem
 
 
@@ -144,11 +158,35 @@ def overrides_documented(cls: type, name: str) -> bool:
     return name != "forward" and any(vars(base)[name].__doc__ for base in bases)
 
 
-def function_problems(function: Callable, is_method: bool) -> Iterator[str]:
-    """What is wrong with the docstring of one function or method."""
+def overridden(cls: type, name: str) -> Callable | None:
+    """The documented function of a base class in the package that the class's own stands in for."""
+    for base in cls.__mro__[1:]:
+        if name in vars(base) and base.__module__.startswith(PACKAGE):
+            function = own_function(vars(base)[name], name)
+            if function and function.__doc__:
+                return function
+    return None
+
+
+def function_problems(function: Callable, is_method: bool, base: Callable | None = None) -> Iterator[str]:
+    """What is wrong with the docstring of one function, or of a method with what it overrides."""
     if not function.__doc__:
-        return iter(["no docstring"])
-    return argument_problems(function.__doc__, *function_parameters(function, is_method))
+        if base is None:
+            return iter(["no docstring"])
+        ours, theirs = (arguments_of(one) for one in (function, base))
+        return iter([] if ours == theirs else ["no docstring, but other arguments than the method that it overrides"])
+    parameters, variable = function_parameters(function, is_method)
+    documented = argument_entries(function.__doc__)
+    known = argument_entries(base.__doc__) if base else {}
+    inherited = known.keys() - documented.keys()
+    return argument_problems(
+        function.__doc__, {name: default for name, default in parameters.items() if name not in inherited}, variable
+    )
+
+
+def arguments_of(function: Callable) -> list[tuple[str, Any, Any]]:
+    """Name, kind and default of each parameter."""
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
 
 def docstring_problems(module: Any) -> Iterator[str]:

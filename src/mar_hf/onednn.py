@@ -2,10 +2,7 @@
 """Linear layers by oneDNN, which torch's `nn.Linear` uses for float32 on no CPU."""
 
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import MethodType
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -17,63 +14,80 @@ TYPICAL_ROWS = 64
 FEW_PRODUCTS = 2**19
 # Just below the largest block by which glibc still adjusts itself, see `_keep_freed_memory`.
 LARGEST_BLOCK = 2**25 - 2**14
-# What oneDNN applies to what it has just computed: its name and variant.
-ACTIVATIONS = {nn.functional.gelu: ("gelu", "none"), nn.functional.silu: ("swish", "")}
+# What oneDNN applies to what it has just computed, by its own name.
+ACTIVATIONS = {nn.GELU: "gelu", nn.SiLU: "swish"}
 
 
-@contextmanager
-def onednn_linears(module: nn.Module) -> Iterator[None]:
-    """Let the linear layers of a model compute by oneDNN: the same sums in another order, sooner.
+def by_onednn(module: nn.Module) -> nn.Module:
+    """A view of a model whose linear layers compute by oneDNN: the same sums in another order, sooner.
 
     MKL, which torch takes otherwise, reaches half of that on some AMD CPUs and nine tenths on others, and streams
     weights slowly for a few rows. Each weight is copied into oneDNN's layout when it is first used, and the copy
-    dropped at the end: that takes as much memory as the weights, and nothing can be out of date when the model is
-    trained in between.
+    dropped with the view: that takes as much memory as the weights. The model itself stays as it is, so that other
+    threads, callbacks and hooks see nothing of this, and a view of each call is never out of date.
 
-    Nothing happens on other devices and processors than x86, in other dtypes than float32 and bfloat16, under
-    autocast, in models that are compiled or whose modules have a `forward` of their own (accelerate's hooks), in
-    layers whose weight is computed (pruning), and where torch has no oneDNN or was told not to use it
-    (`torch.backends.mkldnn.flags(enabled=False)`).
-    Where gradients are computed inside, as callbacks may, layers compute as ever.
+    A block that says which of its layers its `activation` follows (`activated_linear`) gets both in one pass.
 
-    One thing outlasts the block: glibc's allocator keeps up to 64 MiB of freed memory for the process.
+    The model itself is returned on other devices and processors than x86, in other dtypes than float32 and bfloat16,
+    under autocast, where it is compiled or has a `forward` of its own (accelerate's hooks), and where torch has no
+    oneDNN or was told not to use it (`torch.backends.mkldnn.flags(enabled=False)`). Layers whose weight is computed
+    (pruning, quantisation) stay as they are. Where gradients are computed, as callbacks may, layers compute as ever.
+
+    One thing outlasts the view: glibc's allocator keeps up to 64 MiB of freed memory for the process.
 
     Args:
-        module (`torch.nn.Module`): the model; its weights must not change inside.
+        module (`torch.nn.Module`): the model; its weights must not change while the view is used.
 
-    Yields:
-        nothing.
+    Returns:
+        `torch.nn.Module`: the view, or the model.
     """
-    layers = _layers(module)
-    if layers:
-        _keep_freed_memory()
-    for layer in layers:
-        layer.forward = _ByOneDNN(layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            # Another thread's call may have ended in between.
-            vars(layer).pop("forward", None)
+    dtypes = _dtypes(module)
+    layers = [part for part in module.modules() if is_plain_linear(part) and part.weight.dtype in dtypes]
+    layers = {layer for layer in layers if layer.weight.device.type == "cpu"}
+    if not layers:
+        return module
+    _keep_freed_memory()
+    view = _view(module, layers, {})
+    for block in view.modules():
+        layer = getattr(block, getattr(block, "activated_linear", ""), None)
+        if isinstance(layer, OneDNNLinear) and _activation_name(block.activation) is not None:
+            if not any(part._forward_hooks or part._forward_pre_hooks for part in (layer, block.activation)):
+                layer.activation, block.activation = block.activation, nn.Identity()
+    return view
 
 
-def _layers(module: nn.Module) -> list[nn.Linear]:
-    """The layers that can be replaced; none if anything about the model is out of the ordinary."""
+def _view(module: nn.Module, layers: Collection[nn.Module], views: dict[nn.Module, nn.Module]) -> nn.Module:
+    """The same tree of modules once more, on the same tensors, with other modules for some linear layers."""
+    if module not in views:
+        views[module] = view = nn.Module.__new__(OneDNNLinear if module in layers else type(module))
+        vars(view).update(vars(module))
+        vars(view).pop("forward", None)  # the class's own, left by a hook that was removed
+        for name in ("_parameters", "_buffers", "_modules"):
+            vars(view)[name] = vars(module)[name].copy()
+        for name, child in module._modules.items():
+            view._modules[name] = None if child is None else _view(child, layers, views)
+        if isinstance(view, OneDNNLinear):
+            vars(view).update(activation=None, packed=None, packed_weight=module.weight)
+    return views[module]
+
+
+def _activation_name(activation: nn.Module) -> str | None:
+    """What oneDNN calls it; None where it has no such."""
+    is_exact = getattr(activation, "approximate", "none") == "none"
+    return ACTIVATIONS.get(type(activation)) if is_exact else None
+
+
+def _dtypes(module: nn.Module) -> set[torch.dtype]:
+    """What oneDNN can compute here; nothing if anything about the model is out of the ordinary."""
     backend = torch.backends.mkldnn
     if not (backend.is_available() and backend.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return []
+        return set()
     if platform.machine() not in ("x86_64", "AMD64"):  # never tried on others
-        return []
-    modules = list(module.modules())
-    own = any(has_own_forward(part) or part._compiled_call_impl is not None for part in modules)
+        return set()
+    own = any(has_own_forward(part) or part._compiled_call_impl is not None for part in module.modules())
     if own or hasattr(module, "_orig_mod") or torch.is_autocast_enabled("cpu"):
-        return []
-    dtypes = {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
-    return [
-        part
-        for part in modules
-        if is_plain_linear(part) and part.weight.device.type == "cpu" and part.weight.dtype in dtypes
-    ]
+        return set()
+    return {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
 
 
 def _keep_freed_memory() -> None:
@@ -106,66 +120,45 @@ def is_plain_linear(module: nn.Module) -> bool:
         module (`torch.nn.Module`): the module.
 
     Returns:
-        `bool`. False for adapted, quantised, pruned and offloaded layers; True inside of [`onednn_linears`].
+        `bool`. False for adapted, quantised, pruned and offloaded layers; True for those of [`by_onednn`].
     """
-    by_onednn = isinstance(vars(module).get("forward"), _ByOneDNN)
     return (
         isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward  # subclasses may compute otherwise
-        and (by_onednn or not has_own_forward(module))
+        # Subclasses may compute otherwise.
+        and (isinstance(module, OneDNNLinear) or type(module).forward is nn.Linear.forward)
+        and not has_own_forward(module)
         and "weight" in module._parameters  # pruning and parametrizations compute it in each call
         and type(module.weight.data) is torch.Tensor  # torchao's weights are subclasses
         and module.weight.device.type != "meta"  # to be loaded when called
     )
 
 
-def apply_activated(
-    layer: nn.Module, hidden_states: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """A layer and the activation after it; in one go inside of [`onednn_linears`].
+class OneDNNLinear(nn.Linear):
+    """A layer in a view of [`by_onednn`]: by oneDNN where that is faster, with an activation after it or none."""
 
-    Args:
-        layer (`torch.nn.Module`): a linear layer, or what has been put in its place.
-        hidden_states (`torch.Tensor` of shape `(..., in_features)`): input.
-        activation (`Callable`): one of `torch.nn.functional`.
+    activation: nn.Module | None
+    packed: torch.Tensor | None  # the weight in oneDNN's layout, from the first use on
+    packed_weight: nn.Parameter
 
-    Returns:
-        `torch.Tensor` of shape `(..., out_features)`.
-    """
-    forward = layer.forward  # looked up once: another thread's call may end at any time and put the old one back
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
-    if activation in ACTIVATIONS and isinstance(forward, _ByOneDNN) and not hooked:
-        return forward(hidden_states, activation)
-    return activation(layer(hidden_states))
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Apply the layer.
 
+        Args:
+            hidden_states (`torch.Tensor` of shape `(..., in_features)`): input.
 
-class _ByOneDNN:
-    """`nn.Linear.forward`, by oneDNN where that is faster, with an activation after it if one is given."""
-
-    def __init__(self, layer: nn.Linear):
-        self.layer, self.weight, self.packed = layer, layer.weight, None
-        self.compute = torch.ops.mkldnn._linear_pointwise.default
-
-    def __call__(
-        self, hidden_states: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ) -> torch.Tensor:
-        weight, bias = self.layer.weight, self.layer.bias
-        few = hidden_states.numel() * self.layer.out_features < FEW_PRODUCTS
-        other = weight is not self.weight or hidden_states.dtype != weight.dtype  # `functional_call` swaps weights
+        Returns:
+            `torch.Tensor` of shape `(..., out_features)`.
+        """
+        weight, bias, activation = self.weight, self.bias, self.activation
+        few = hidden_states.numel() * self.out_features < FEW_PRODUCTS
+        # `functional_call` swaps weights.
+        other = weight is not self.packed_weight or hidden_states.dtype != weight.dtype
         # oneDNN's operator would cut the graph of gradients.
         if few or other or torch.is_grad_enabled():
             output = nn.functional.linear(hidden_states, weight, bias)
             return output if activation is None else activation(output)
         if self.packed is None:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
-        name, variant = ("none", "") if activation is None else ACTIVATIONS[activation]
-        return self.compute(hidden_states, self.packed, bias, name, [], variant)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Copies of the layer compute with their own weights, as ever.
-        return _plain_forward, (self.layer,)
-
-
-def _plain_forward(layer: nn.Linear) -> MethodType:
-    """The forward of the layer's class."""
-    return MethodType(type(layer).forward, layer)
+        name = "none" if activation is None else _activation_name(activation)
+        variant = "none" if name == "gelu" else ""
+        return torch.ops.mkldnn._linear_pointwise.default(hidden_states, self.packed, bias, name, [], variant)

@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every head in the table can stand in for every other."""
 
+import copy
 import inspect
 
 import pytest
 import torch
+from torch import nn
 
-from common import seeded
+from common import randomise, seeded
 from mar_hf import TOKEN_HEADS, ImageTokenizer, ImageTokenizerConfig, MARConfig, TokenDDPMScheduler, TokenHead
-from mar_hf.heads.head_base import masked_rows
+from mar_hf.heads.head_base import LossSettings, SamplingSettings, as_computed, masked_rows
 
 
 METHODS = ["check_scheduler", "init_weights", "loss", "sample"]
+BEHIND = {"draw": SamplingSettings, "masked_loss": LossSettings}  # the doors, and what they pass on
 
 
 def test_what_a_head_must_bring():
-    assert sorted(TokenHead.__abstractmethods__) == METHODS
+    assert sorted(TokenHead.__abstractmethods__) == ["check_scheduler", "draw", "init_weights", "masked_loss"]
     with pytest.raises(TypeError, match="abstract"):
         TokenHead()
 
@@ -32,6 +35,87 @@ def test_heads_take_the_same_arguments(name):
     for method in ("loss", "sample"):
         parameters = list(inspect.signature(getattr(head, method)).parameters.values())[1:]
         assert all(p.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD) for p in parameters)
+
+
+@pytest.mark.parametrize("method", BEHIND)
+@pytest.mark.parametrize("name", TOKEN_HEADS)
+def test_heads_take_all_that_the_doors_pass_on(name, method):
+    own = inspect.signature(getattr(TokenHead, method)).parameters.values()
+    given = [p.name for p in own if p.name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD]
+    given += BEHIND[method].__annotations__
+    ours = inspect.signature(getattr(TOKEN_HEADS[name], method))
+    ours.bind(None, **dict.fromkeys(given))
+    # What a head has beside is optional.
+    assert all(p.default is not p.empty for p in ours.parameters.values() if p.name not in {"self", "_", *given})
+
+
+@pytest.mark.parametrize("name", TOKEN_HEADS)
+def test_what_is_behind_the_doors_is_documented_by_them(name):
+    for method in ("loss", "sample"):
+        assert method not in vars(TOKEN_HEADS[name]) and getattr(TokenHead, method).__doc__
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), True, "2", None])
+@pytest.mark.parametrize("name", TOKEN_HEADS)
+def test_guidance_that_is_no_number(name, scale):
+    head, condition = TOKEN_HEADS[name](token_dim=5, condition_dim=7), torch.zeros(1, 2, 7)
+    with pytest.raises(ValueError, match="`guidance_scale` has to be a finite number, got"):
+        head.sample(condition=condition, scheduler=TokenDDPMScheduler(), num_steps=2, guidance_scale=scale)
+
+
+class Stored(nn.Linear):
+    """A layer whose weights are stored in another type than it computes in, as quantised ones are."""
+
+    def __init__(self, layer, storage):
+        super().__init__(layer.in_features, layer.out_features, dtype=layer.weight.dtype)
+        self.kept = layer.weight.detach()
+        self.weight = nn.Parameter(torch.zeros(layer.weight.shape, dtype=storage), requires_grad=False)
+        # 4 and 8 bits leave the bias alone, casting layer by layer does not.
+        bias = layer.bias.detach()
+        self.bias = nn.Parameter(bias.to(storage) if storage.is_floating_point else bias, requires_grad=False)
+        self.kept_bias = bias
+
+    def forward(self, states):
+        assert states.dtype == self.kept.dtype
+        return nn.functional.linear(states, self.kept, self.kept_bias)
+
+
+def store(module, storage):
+    """The same with every linear layer stored otherwise, but for those that say themselves what they compute in."""
+    module = copy.deepcopy(module)
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, Stored(child, storage))
+    return module
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    "name, settings", [("diffusion", {}), ("categorical", {"num_layers": 0}), ("categorical", {"num_layers": 1})]
+)
+def test_weights_that_are_not_stored_as_they_compute(name, settings, storage, dtype):
+    head = randomise(TOKEN_HEADS[name](token_dim=5, condition_dim=7, hidden_size=16, **settings)).to(dtype)
+    if name == "categorical":
+        head.codebook.copy_(torch.randn(head.codebook.shape, generator=seeded(3)))
+    condition, negative = torch.randn(2, 1, 4, 7, generator=seeded(1)).to(dtype).unbind(0)
+    call = {"condition": condition, "negative_condition": negative, "guidance_scale": 2.0, "num_steps": 3}
+    call |= {"scheduler": TokenDDPMScheduler(max_timestep=950)}
+    expected = head.sample(**call, generator=seeded(2))
+    assert torch.equal(store(head, storage).sample(**call, generator=seeded(2)), expected)
+    target, mask = torch.randn(1, 4, 5, generator=seeded(4)), torch.ones(1, 4, dtype=torch.bool)
+    loss = {"condition": condition, "target": target, "mask": mask, "scheduler": TokenDDPMScheduler()}
+    assert torch.equal(store(head, storage).loss(**loss, generator=seeded(2)), head.loss(**loss, generator=seeded(2)))
+
+
+def test_conditions_are_cast_to_what_a_layer_computes_in():
+    layer, states = nn.Linear(7, 5, dtype=torch.bfloat16), torch.zeros(2, 7)
+    assert as_computed(states, layer).dtype == torch.bfloat16
+    assert as_computed(states, Stored(layer, torch.uint8)).dtype == torch.bfloat16
+    # Nothing tells before it is called.
+    assert as_computed(states, Stored(layer, torch.float8_e4m3fn)) is states
 
 
 @pytest.mark.parametrize("name", TOKEN_HEADS)

@@ -19,8 +19,7 @@ from diffusers import (
 
 from mar_hf import ARForImageGeneration, MARPipeline, TokenDDPMScheduler
 from mar_hf.conversion import convert_checkpoint
-from mar_hf.generation import GENERATION_ORDERS
-from mar_hf.pipelines.pipeline_mar import GENERATION_DEFAULTS
+from mar_hf.generation import GENERATION_DEFAULTS, GENERATION_ORDERS
 from tiny_pipelines import FEW_STEPS, seeds, tiny_kl, tiny_pipeline, tiny_text_pipeline, tiny_transformer
 
 

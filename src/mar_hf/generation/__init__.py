@@ -14,6 +14,16 @@ from .orders import (
     subsampled_order,
     zigzag_order,
 )
+from .plan import (
+    GENERATION_DEFAULTS,
+    GenerationPlan,
+    GenerationSettings,
+    GenerationStep,
+    build_settings,
+    check_orders,
+    plan_generation,
+    plan_steps,
+)
 from .schedules import (
     GUIDANCE_SCHEDULES,
     HEAD_STEP_SCHEDULES,
@@ -35,10 +45,16 @@ from .training_draws import (
 
 
 __all__ = [
+    "GENERATION_DEFAULTS",
     "GENERATION_ORDERS",
     "GUIDANCE_SCHEDULES",
     "HEAD_STEP_SCHEDULES",
     "TOKEN_SCHEDULES",
+    "GenerationPlan",
+    "GenerationSettings",
+    "GenerationStep",
+    "build_settings",
+    "check_orders",
     "checkerboard_order",
     "constant_guidance",
     "constant_head_steps",
@@ -49,6 +65,8 @@ __all__ = [
     "linear_head_steps",
     "look_up",
     "nearest_order",
+    "plan_generation",
+    "plan_steps",
     "random_annealed_order",
     "random_order",
     "random_ratio",

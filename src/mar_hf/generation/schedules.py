@@ -45,6 +45,30 @@ def constant_tokens_per_step(num_tokens: int, num_inference_steps: int) -> list[
     return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
+def check_tokens_per_step(tokens_per_step: list[int], num_tokens: int, limit: int) -> None:
+    """Refuse steps that a model was not made for.
+
+    Args:
+        tokens_per_step (`list[int]`): tokens of each step.
+        num_tokens (`int`): tokens that there are.
+        limit (`int`): most tokens of a step.
+
+    Raises:
+        ValueError: if a step has none or more than the limit, or all together more than there are.
+    """
+    if not tokens_per_step or min(tokens_per_step) < 1 or sum(tokens_per_step) > num_tokens:
+        raise ValueError(
+            f"`tokens_per_step` has to hold positive numbers with a sum of at most {num_tokens}, got "
+            f"{tokens_per_step}."
+        )
+    if max(tokens_per_step) > limit:
+        raise ValueError(
+            f"This model predicts at most {limit} tokens a step (`max_tokens_per_step`), not "
+            f"{max(tokens_per_step)}: {num_tokens} tokens need at least {-(-num_tokens // limit)} steps, and "
+            '`token_schedule="constant"` spreads them evenly.'
+        )
+
+
 def linear_guidance(guidance_scale: float, tokens_per_step: list[int]) -> list[float]:
     """Guidance that grows with the share of tokens that will be there after the step.
 

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every token head offers."""
 
+import math
 from abc import ABC, abstractmethod
-from typing import Any
+from numbers import Real
+from typing import Any, TypedDict
 
 import torch
 from diffusers import SchedulerMixin
 from torch import nn
+from typing_extensions import Unpack
 
 from ..tokenizers import ImageTokenizer
 from ..utils import check_generator
@@ -36,45 +39,61 @@ def masked_rows(mask: torch.Tensor, num_masked: int | None = None) -> torch.Tens
     return rows
 
 
-def check_sampling_inputs(
-    condition: torch.Tensor,
-    negative_condition: torch.Tensor | None,
-    guidance_scale: float,
-    noise: torch.Tensor | None,
-    num_entries: int,
-    token_dim: int,
-    generator: torch.Generator | list[torch.Generator] | None,
-) -> None:
-    """Refuse what does not fit together in `TokenHead.sample`.
+def as_computed(states: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """Cast to the type that a layer computes in.
+
+    That is the type of its bias: quantised weights are stored in another. What is stored in 8 bits altogether
+    (layerwise casting) has no such type before it is called; it takes what it is given.
 
     Args:
-        condition (`torch.Tensor` of shape `(batch, num_tokens, condition_dim)`): sets the sizes.
-        negative_condition (`torch.Tensor`, *optional*): has to be of the same shape where guidance needs it.
-        guidance_scale (`float`): 1.0 means no guidance.
-        noise (`torch.Tensor`, *optional*): has to be of shape `(batch, num_tokens, entries, token_dim)`.
-        num_entries (`int`): noise that the sampler takes for a token; `entries` may be more.
-        token_dim (`int`): numbers in a token.
-        generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one, or one per image.
+        states (`torch.Tensor`): what the layer will be given.
+        layer (`torch.nn.Module`): a linear layer, or what has been put in its place.
 
-    Raises:
-        ValueError: if one of them does not fit.
+    Returns:
+        `torch.Tensor` of the same shape.
     """
-    if guidance_scale != 1.0 and negative_condition is None:
-        raise ValueError(f"`guidance_scale` {guidance_scale} needs `negative_condition`.")
-    if guidance_scale != 1.0 and negative_condition.shape != condition.shape:
-        raise ValueError(
-            f"`negative_condition` has to be of shape {tuple(condition.shape)} as `condition`, got "
-            f"{tuple(negative_condition.shape)}."
-        )
-    check_generator(generator, len(condition))
-    expected = (*condition.shape[:2], num_entries, token_dim)
-    if noise is not None and (
-        noise.ndim != 4
-        or noise.shape[:2] != expected[:2]
-        or noise.shape[2] < num_entries
-        or noise.shape[3] != token_dim
-    ):
-        raise ValueError(f"`noise` has to be of shape {expected}, got {tuple(noise.shape)}.")
+    dtype = layer.bias.dtype
+    return states.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else states
+
+
+class HeadBlock(nn.Module):
+    """What the residual blocks of heads are made of: a norm and two linear layers with SiLU between them.
+
+    Args:
+        hidden_size (`int`): width.
+        layer_norm_eps (`float`): of the layer norm.
+    """
+
+    # Whose output alone goes through `activation`: a backend may compute both at once.
+    activated_linear = "linear_1"
+
+    def __init__(self, hidden_size: int, layer_norm_eps: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.linear_1 = nn.Linear(hidden_size, hidden_size)
+        self.activation = nn.SiLU()
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+
+class SamplingSettings(TypedDict):
+    """What `draw` of every head is given beside conditions."""
+
+    guidance_scale: float
+    scheduler: SchedulerMixin
+    num_steps: int
+    temperature: float
+    noise: torch.Tensor | None
+    generator: torch.Generator | list[torch.Generator] | None
+
+
+class LossSettings(TypedDict):
+    """What `masked_loss` of every head is given beside conditions and tokens."""
+
+    scheduler: SchedulerMixin
+    timesteps: torch.Tensor | None
+    noise: torch.Tensor | None
+    num_masked: int | None
+    generator: torch.Generator | list[torch.Generator] | None
 
 
 class TokenHead(nn.Module, ABC):
@@ -82,12 +101,18 @@ class TokenHead(nn.Module, ABC):
 
     A new head is one file with a subclass and one line in `TOKEN_HEADS`. Its constructor takes `token_dim`,
     `condition_dim`, `batch_multiplier` and its own settings; its weights are initialised by `init_weights`.
+
+    `sample` and `loss` are the doors, where everything is checked; a head does the work in `draw` and `masked_loss`.
     """
 
     # What a pipeline takes for settings that neither its checkpoint nor the caller names.
     sampling_defaults: dict[str, object] = {}
     # Whether `set_tokenizer` reads the tokenizer's weights.
     uses_codebook: bool = False
+    # Whether sampling runs through the steps of a scheduler, each of which takes noise.
+    has_steps: bool = True
+    # Numbers in a token; the constructor sets it.
+    token_dim: int
 
     def set_tokenizer(self, tokenizer: ImageTokenizer) -> None:
         """Take over what the head has to know of the tokens, before training. Most heads need nothing.
@@ -115,19 +140,18 @@ class TokenHead(nn.Module, ABC):
         """
 
     @abstractmethod
-    def check_scheduler(self, scheduler: SchedulerMixin, temperature: float = 1.0, **head_kwargs: object) -> None:
+    def check_scheduler(self, scheduler: SchedulerMixin, temperature: float = 1.0, **head_kwargs: Any) -> None:
         """Refuse a scheduler, or settings of `sample`, that this head can't work with.
 
         Args:
             scheduler (`SchedulerMixin`): the candidate.
             temperature (`float`, *optional*, defaults to 1.0): the temperature that it will be asked for.
-            head_kwargs (`object`): settings that only this kind of head has.
+            head_kwargs (`Any`): settings that only this kind of head has.
 
         Raises:
             ValueError: if one does not fit, or the head has no such setting.
         """
 
-    @abstractmethod
     def loss(
         self,
         *,
@@ -140,25 +164,61 @@ class TokenHead(nn.Module, ABC):
         num_masked: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
-        """The training loss, averaged over the masked tokens.
+        """The training loss, averaged over the masked tokens; only these go through the network.
 
         Args:
             condition (`torch.Tensor` of shape `(batch, num_tokens, condition_dim)`): the backbone's output.
             target (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the true tokens.
             mask (`torch.Tensor` of shape `(batch, num_tokens)`): bool, True for tokens that count.
             scheduler (`SchedulerMixin`): the noise schedule, for heads that have one.
-            timesteps (`torch.Tensor`, *optional*): int64; drawn where not given.
-            noise (`torch.Tensor`, *optional*): drawn where not given.
+            timesteps (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens,)`, *optional*): int64, whole
+                batch after whole batch; drawn uniformly where not given.
+            noise (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens, token_dim)`, *optional*): likewise.
             num_masked (`int`, *optional*): masked tokens in every row, where the caller knows it: saves waiting for
                 the device.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for what is drawn; with one per
-                image, what is drawn for an image does not depend on the others.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for what is drawn, timesteps first;
+                with one per image, what is drawn for an image does not depend on the others. None means torch's
+                global one.
+
+        Returns:
+            `torch.Tensor`: a float32 scalar.
+
+        Raises:
+            ValueError: if a shape, the scheduler or the number of generators does not fit or nothing is masked.
+        """
+        if isinstance(generator, list):
+            check_generator(generator, len(mask))
+        rows = masked_rows(mask, num_masked)
+        condition, target = condition.flatten(0, 1)[rows], target.flatten(0, 1)[rows]
+        settings = {"scheduler": scheduler, "timesteps": timesteps, "noise": noise, "num_masked": num_masked}
+        return self.masked_loss(
+            condition=condition, target=target, mask=mask, rows=rows, generator=generator, **settings
+        )
+
+    @abstractmethod
+    def masked_loss(
+        self,
+        *,
+        condition: torch.Tensor,
+        target: torch.Tensor,
+        mask: torch.Tensor,
+        rows: torch.Tensor,
+        **settings: Unpack[LossSettings],
+    ) -> torch.Tensor:
+        """The loss of the masked tokens: what is behind `loss`. A head names those arguments that it needs.
+
+        Args:
+            condition (`torch.Tensor` of shape `(rows, condition_dim)`): of the masked tokens.
+            target (`torch.Tensor` of shape `(rows, token_dim)`): the same tokens.
+            mask (`torch.Tensor` of shape `(batch, num_tokens)`): as `loss` takes it.
+            rows (`torch.Tensor` of shape `(rows,)`): int64, where they stand in the flattened batch, ascending.
+            scheduler, timesteps, noise, num_masked, generator (as of `loss`): all of them, checked where all heads
+                have the same.
 
         Returns:
             `torch.Tensor`: a float32 scalar.
         """
 
-    @abstractmethod
     def sample(
         self,
         *,
@@ -170,7 +230,7 @@ class TokenHead(nn.Module, ABC):
         temperature: float = 1.0,
         noise: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        **head_kwargs: object,
+        **head_kwargs: Any,
     ) -> torch.Tensor:
         """Sample tokens.
 
@@ -182,14 +242,59 @@ class TokenHead(nn.Module, ABC):
             scheduler (`SchedulerMixin`): the sampler, for heads that have one.
             num_steps (`int`): sampler steps.
             temperature (`float`, *optional*, defaults to 1.0): below 1.0, samples vary less.
-            noise (`torch.Tensor` of shape `(batch, num_tokens, num_steps + 1, token_dim)`, *optional*): entry 0 is the
-                start, entry 1 + s is injected at step s.
+            noise (`torch.Tensor` of shape `(batch, num_tokens, entries, token_dim)`, *optional*): standard normal.
+                Entry 0 is the start, entry 1 + s is injected at step s, so there are at least `num_steps + 1`; a head
+                without steps takes the first.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the noise, where none is given.
-            head_kwargs (`object`): settings that only this kind of head has.
+            head_kwargs (`Any`): settings that only this kind of head has, see its `draw`.
 
         Returns:
             `torch.Tensor` of shape `(batch, num_tokens, token_dim)`: float32.
 
         Raises:
             ValueError: if something does not fit this head, or it has no such setting.
+        """
+        self.check_scheduler(scheduler, temperature, **head_kwargs)
+        if (
+            not isinstance(guidance_scale, Real)
+            or isinstance(guidance_scale, bool)
+            or not math.isfinite(guidance_scale)
+        ):
+            raise ValueError(f"`guidance_scale` has to be a finite number, got {guidance_scale!r}.")
+        if guidance_scale != 1.0 and negative_condition is None:
+            raise ValueError(f"`guidance_scale` {guidance_scale} needs `negative_condition`.")
+        if guidance_scale != 1.0 and negative_condition.shape != condition.shape:
+            raise ValueError(
+                f"`negative_condition` has to be of shape {tuple(condition.shape)} as `condition`, got "
+                f"{tuple(negative_condition.shape)}."
+            )
+        if isinstance(generator, list):
+            check_generator(generator, len(condition))
+        entries = num_steps + 1 if self.has_steps else 1
+        expected = (*condition.shape[:2], entries, self.token_dim)
+        if noise is not None:
+            fits = noise.ndim == 4 and noise.shape[2] >= entries
+            if not fits or (*noise.shape[:2], entries, noise.shape[3]) != expected:
+                raise ValueError(f"`noise` has to be of shape {expected}, got {tuple(noise.shape)}.")
+        settings = {"guidance_scale": guidance_scale, "scheduler": scheduler, "num_steps": num_steps, **head_kwargs}
+        settings |= {"temperature": temperature, "noise": noise, "generator": generator}
+        return self.draw(condition=condition, negative_condition=negative_condition, **settings)
+
+    @abstractmethod
+    def draw(
+        self,
+        *,
+        condition: torch.Tensor,
+        negative_condition: torch.Tensor | None,
+        **settings: Unpack[SamplingSettings],
+    ) -> torch.Tensor:
+        """Sample tokens without a check: what is behind `sample`. A head names those arguments that it needs, and
+        those that it alone has.
+
+        Args:
+            condition, negative_condition, guidance_scale, scheduler, num_steps, temperature, noise, generator (as of
+                `sample`): all of them, checked.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, num_tokens, token_dim)`: float32.
         """

@@ -2,6 +2,7 @@
 """A token head for discrete tokenizers: softmax over the codebook, trained by cross-entropy."""
 
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
@@ -9,24 +10,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from transformers import initialization as init
 
-from ..onednn import apply_activated
 from ..tokenizers import ImageTokenizer
-from .head_base import TokenHead, check_sampling_inputs, masked_rows
+from .head_base import HeadBlock, TokenHead, as_computed
 
 
-class CategoricalHeadBlock(nn.Module):
-    """One residual block: h + MLP(LN(h)).
-
-    Args:
-        hidden_size (`int`): width.
-        layer_norm_eps (`float`): of the layer norm.
-    """
-
-    def __init__(self, hidden_size: int, layer_norm_eps: float):
-        super().__init__()
-        self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.linear_1 = nn.Linear(hidden_size, hidden_size)
-        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+class CategoricalHeadBlock(HeadBlock):
+    """One residual block: h + MLP(LN(h))."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Apply the block.
@@ -37,8 +26,7 @@ class CategoricalHeadBlock(nn.Module):
         Returns:
             `torch.Tensor` of shape `(..., hidden_size)`.
         """
-        update = apply_activated(self.linear_1, self.norm(hidden_states), nn.functional.silu)
-        return hidden_states + self.linear_2(update)
+        return hidden_states + self.linear_2(self.activation(self.linear_1(self.norm(hidden_states))))
 
 
 class CategoricalHead(TokenHead):
@@ -60,6 +48,7 @@ class CategoricalHead(TokenHead):
 
     sampling_defaults = {"num_diffusion_steps": 1}
     uses_codebook = True
+    has_steps = False
 
     def __init__(
         self,
@@ -125,15 +114,15 @@ class CategoricalHead(TokenHead):
         Returns:
             `torch.Tensor` of shape `(..., num_codes)`: float32.
         """
-        return self.out_proj(self.mlp(condition.to(self.out_proj.weight.dtype))).float()
+        return self.out_proj(self.mlp(as_computed(condition, self.out_proj))).float()
 
-    def check_scheduler(self, scheduler: SchedulerMixin, temperature: float = 1.0, **head_kwargs: object) -> None:
+    def check_scheduler(self, scheduler: SchedulerMixin, temperature: float = 1.0, **head_kwargs: Any) -> None:
         """Refuse settings of `sample` that can't be. Any scheduler will do: none is used.
 
         Args:
             scheduler (`SchedulerMixin`): any.
             temperature (`float`, *optional*, defaults to 1.0): at least 0.
-            head_kwargs (`object`): `top_k` and `top_p`, see `sample`.
+            head_kwargs (`Any`): `top_k` and `top_p`, see `draw`.
 
         Raises:
             ValueError: if a setting is unknown or out of range.
@@ -148,92 +137,49 @@ class CategoricalHead(TokenHead):
         if not temperature >= 0:
             raise ValueError(f"`temperature` has to be at least 0, got {temperature}.")
 
-    def loss(
-        self,
-        *,
-        condition: torch.Tensor,
-        target: torch.Tensor,
-        mask: torch.Tensor,
-        scheduler: SchedulerMixin,
-        timesteps: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
-        num_masked: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> torch.Tensor:
-        """Cross-entropy of the true codes, averaged over the masked tokens.
+    def masked_loss(self, *, condition: torch.Tensor, target: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Cross-entropy of the true codes: each target stands for the nearest vector of the codebook.
 
-        Args:
-            condition (`torch.Tensor` of shape `(batch, num_tokens, condition_dim)`): the backbone's output.
-            target (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the true tokens; each stands for the
-                nearest vector of the codebook.
-            mask (`torch.Tensor` of shape `(batch, num_tokens)`): bool, True for tokens that count; only these go
-                through the network.
-            scheduler (`SchedulerMixin`): not used, nor are the next two.
-            timesteps (`torch.Tensor`, *optional*): not used.
-            noise (`torch.Tensor`, *optional*): not used.
-            num_masked (`int`, *optional*): masked tokens in every row, where the caller knows it: saves waiting for
-                the device.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): not used; nothing is drawn.
-
-        Returns:
-            `torch.Tensor`: a float32 scalar.
+        Nothing is drawn, so a scheduler, timesteps, noise and generators are without effect.
 
         Raises:
-            ValueError: if nothing is masked, or the head has no codebook yet.
+            ValueError: if the head has no codebook yet.
         """
         self._check_codebook()
-        chosen = masked_rows(mask, num_masked)
         # Exact distances: the quick ones, by a matrix product, can miss a vector that equals its target.
-        distances = torch.cdist(
-            target.flatten(0, 1)[chosen].float(),
-            self.codebook.float(),
-            compute_mode="donot_use_mm_for_euclid_dist",
-        )
-        logits = self(condition.flatten(0, 1)[chosen])
-        return nn.functional.cross_entropy(logits, distances.argmin(-1))
+        distances = torch.cdist(target.float(), self.codebook.float(), compute_mode="donot_use_mm_for_euclid_dist")
+        return nn.functional.cross_entropy(self(condition), distances.argmin(-1))
 
-    def sample(
+    def draw(
         self,
         *,
         condition: torch.Tensor,
-        negative_condition: torch.Tensor | None = None,
-        guidance_scale: float = 1.0,
-        scheduler: SchedulerMixin,
-        num_steps: int,
-        temperature: float = 1.0,
-        noise: torch.Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        **head_kwargs: object,
+        negative_condition: torch.Tensor | None,
+        guidance_scale: float,
+        temperature: float,
+        noise: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        **_: Any,
     ) -> torch.Tensor:
         """Sample vectors of the codebook.
 
-        Guidance is `uncond + guidance_scale * (cond - uncond)` on logits; then come temperature, `top_k` and `top_p`.
-        The first number of a token's noise decides: its place in the normal distribution is the place in that of the
-        codes.
+        Guidance is `uncond + guidance_scale * (cond - uncond)` on logits, which are then divided by the temperature: 0
+        takes the likeliest code. The first number of a token's noise decides: its place in the normal distribution is
+        the place in that of the codes. Scheduler and steps are without effect.
 
         Args:
-            condition (`torch.Tensor` of shape `(batch, num_tokens, condition_dim)`): the backbone's output at the
-                positions wanted.
-            negative_condition (`torch.Tensor` of the same shape, *optional*): without the class, for guidance.
-            guidance_scale (`float`, *optional*, defaults to 1.0): 1.0 means no guidance.
-            scheduler (`SchedulerMixin`): not used.
-            num_steps (`int`): not used.
-            temperature (`float`, *optional*, defaults to 1.0): divides the logits; 0 takes the likeliest code.
-            noise (`torch.Tensor` of shape `(batch, num_tokens, entries, token_dim)`, *optional*): standard normal;
-                only `noise[:, :, 0, 0]` is used.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the noise, where none is given.
-            head_kwargs (`object`): `top_k` (`int`): only the likeliest so many codes; `top_p` (`float`): of those,
-                only the likeliest that together reach this probability. None, as when left out, means all.
+            top_k (`int`, *optional*): only the likeliest so many codes; None means all.
+            top_p (`float`, *optional*): of those, only the likeliest that together reach this probability; None means
+                all.
 
         Returns:
             `torch.Tensor` of shape `(batch, num_tokens, token_dim)`: float32.
 
         Raises:
-            ValueError: if `guidance_scale` is not 1.0 without `negative_condition`; if that, the noise, the number of
-                generators or a setting does not fit; if the head has no codebook yet.
+            ValueError: if the head has no codebook yet.
         """
-        self.check_scheduler(scheduler, temperature, **head_kwargs)
-        check_sampling_inputs(condition, negative_condition, guidance_scale, noise, 1, self.token_dim, generator)
         self._check_codebook()
         guided = guidance_scale != 1.0
         logits = self(torch.cat([condition, negative_condition]) if guided else condition)
@@ -245,7 +191,7 @@ class CategoricalHead(TokenHead):
         if noise is None:
             shape = (*condition.shape[:2], 1, self.token_dim)
             noise = randn_tensor(shape, generator=generator, device=condition.device)
-        probabilities = _likely_ones((logits.double() / temperature).softmax(-1), **head_kwargs)
+        probabilities = _likely_ones((logits.double() / temperature).softmax(-1), top_k, top_p)
         cumulative = probabilities.cumsum(-1)
         # The first code whose cumulative probability lies above the place: never one of probability 0. Below 1 there
         # is one.

@@ -16,10 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
-from ..onednn import apply_activated
 from ..schedulers import TokenDDPMScheduler
-from ..utils import check_generator, draw
-from .head_base import TokenHead, check_sampling_inputs, masked_rows
+from ..utils import draw
+from .head_base import HeadBlock, TokenHead, as_computed
 
 
 TIMESTEP_CHANNELS = 256
@@ -71,10 +70,10 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(nn.functional.silu(self.linear_1(sinusoids)))
 
 
-class DiffusionHeadBlock(nn.Module):
+class DiffusionHeadBlock(HeadBlock):
     """One residual block: h + gate * MLP(LN(h) * (1 + scale) + shift), modulated by time and condition.
 
-    It has two halves instead of a `forward`, since many updates can share what is computed in `modulate`.
+    It has no `forward`: many updates share the modulation, which does not depend on the noisy token.
 
     Args:
         hidden_size (`int`): width.
@@ -82,23 +81,8 @@ class DiffusionHeadBlock(nn.Module):
     """
 
     def __init__(self, hidden_size: int, layer_norm_eps: float):
-        super().__init__()
-        self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.linear_1 = nn.Linear(hidden_size, hidden_size)
-        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+        super().__init__(hidden_size, layer_norm_eps)
         self.modulation = nn.Linear(hidden_size, 3 * hidden_size)
-
-    def modulate(self, activated_embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What time and condition do to the block. It does not depend on the noisy token.
-
-        Args:
-            activated_embedding (`torch.Tensor` of shape `(..., hidden_size)`): SiLU of time + condition.
-
-        Returns:
-            three `torch.Tensor` of the same shape: shift, 1 + scale, gate.
-        """
-        shift, scale, gate = self.modulation(activated_embedding).chunk(3, dim=-1)
-        return shift, 1 + scale, gate
 
     def update(
         self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor
@@ -107,16 +91,16 @@ class DiffusionHeadBlock(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(..., hidden_size)`): the noisy token's state.
-            shift (`torch.Tensor` of the same shape): from `modulate`.
-            scale (`torch.Tensor` of the same shape): from `modulate`.
-            gate (`torch.Tensor` of the same shape): from `modulate`.
+            shift (`torch.Tensor` of the same shape): the first third of the modulation.
+            scale (`torch.Tensor` of the same shape): 1 + the second third.
+            gate (`torch.Tensor` of the same shape): the last third.
 
         Returns:
             `torch.Tensor` of the same shape.
         """
         update = torch.addcmul(shift, self.norm(hidden_states), scale)
-        update = apply_activated(self.linear_1, update, nn.functional.silu)
-        return torch.addcmul(hidden_states, gate, self.linear_2(update))
+        update = self.linear_2(self.activation(self.linear_1(update)))
+        return torch.addcmul(hidden_states, gate, update)
 
 
 class DiffusionHead(TokenHead):
@@ -194,16 +178,17 @@ class DiffusionHead(TokenHead):
         Returns:
             `torch.Tensor` of shape `(rows, 2 * token_dim)`: epsilon, then the variance logits.
         """
-        embedding = self.time_embedding(timesteps) + self._embed_condition(condition)
-        return self._denoise(noisy_tokens, self._modulate(embedding))
+        embedding = self._embed_condition(condition)
+        modulations = self._modulate(self.time_embedding(timesteps), embedding)
+        return self._denoise(noisy_tokens.to(embedding.dtype), modulations)
 
-    def check_scheduler(self, scheduler: SchedulerMixin, temperature: float = 1.0, **head_kwargs: object) -> None:
+    def check_scheduler(self, scheduler: SchedulerMixin, temperature: float = 1.0, **head_kwargs: Any) -> None:
         """Refuse a scheduler that can't run this head.
 
         Args:
             scheduler (`SchedulerMixin`): the candidate.
             temperature (`float`, *optional*, defaults to 1.0): only [`TokenDDPMScheduler`] has others.
-            head_kwargs (`object`): `guidance_refresh`, see `sample`.
+            head_kwargs (`Any`): `guidance_refresh`, see `draw`.
 
         Raises:
             ValueError: if it does not predict epsilon, takes no generator, has another kind of noise schedule, needs
@@ -235,57 +220,37 @@ class DiffusionHead(TokenHead):
         if temperature != 1.0:
             raise ValueError(f"`temperature` has to be 1.0 with {name}, got {temperature}: it has no temperature.")
 
-    def loss(
+    def masked_loss(
         self,
         *,
         condition: torch.Tensor,
         target: torch.Tensor,
-        mask: torch.Tensor,
+        timesteps: torch.Tensor | None,
+        noise: torch.Tensor | None,
         scheduler: TokenDDPMScheduler,
-        timesteps: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
-        num_masked: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        mask: torch.Tensor,
+        rows: torch.Tensor,
+        num_masked: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
         """Squared error of epsilon + variational bound, averaged over the masked tokens and their draws.
 
-        Args:
-            condition (`torch.Tensor` of shape `(batch, num_tokens, condition_dim)`): the backbone's output.
-            target (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the true tokens.
-            mask (`torch.Tensor` of shape `(batch, num_tokens)`): bool, True for tokens that count; only these go
-                through the network.
-            scheduler ([`TokenDDPMScheduler`]): the noise schedule.
-            timesteps (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens,)`, *optional*): int64, whole
-                batch after whole batch; drawn uniformly where not given.
-            noise (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens, token_dim)`, *optional*): likewise.
-            num_masked (`int`, *optional*): masked tokens in every row, where the caller knows it: saves waiting for
-                the device.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for what is drawn, timesteps first;
-                with one per image, what is drawn for an image does not depend on the others. None means torch's
-                global one.
-
-        Returns:
-            `torch.Tensor`: a float32 scalar.
-
         Raises:
-            ValueError: if the scheduler is another one, a shape or the number of generators does not fit or nothing
-                is masked.
+            ValueError: if the scheduler is no [`TokenDDPMScheduler`], or a shape does not fit.
         """
         if not isinstance(scheduler, TokenDDPMScheduler):
             raise ValueError(f"Training needs a TokenDDPMScheduler, got {type(scheduler).__name__}.")
-        rows = self.batch_multiplier * mask.numel()
-        for name, value, shape in (("timesteps", timesteps, (rows,)), ("noise", noise, (rows, self.token_dim))):
+        copies = self.batch_multiplier
+        length = copies * mask.numel()
+        for name, value, shape in (("timesteps", timesteps, (length,)), ("noise", noise, (length, self.token_dim))):
             if value is not None and value.shape != shape:
                 raise ValueError(f"`{name}` has to be of shape {shape}, got {tuple(value.shape)}.")
-        check_generator(generator, len(mask))
-        chosen = masked_rows(mask, num_masked)
         # Row r of the repeated batch is row r modulo the batch.
-        repeated = (chosen + mask.numel() * torch.arange(self.batch_multiplier, device=mask.device)[:, None]).flatten()
-        condition = condition.flatten(0, 1)[chosen].repeat(self.batch_multiplier, 1)
-        target = target.flatten(0, 1)[chosen].repeat(self.batch_multiplier, 1).float()
+        repeated = (rows + mask.numel() * torch.arange(copies, device=mask.device)[:, None]).flatten()
+        condition, target = condition.repeat(copies, 1), target.repeat(copies, 1).float()
         device = target.device
         # What is drawn has the shape (copies, masked tokens, ...): an image's tokens stand together in every copy.
-        shape = (self.batch_multiplier, len(chosen))
+        shape = (copies, len(rows))
         counts = None
         if isinstance(generator, list):
             counts = mask.sum(1).tolist() if num_masked is None else [num_masked] * len(mask)
@@ -298,10 +263,10 @@ class DiffusionHead(TokenHead):
             noise = draw(torch.randn, (*shape, self.token_dim), generator, device, 1, counts).flatten(0, 1)
         else:
             noise = noise.to(device)[repeated].float()
-        rows = (condition, target, timesteps, noise)
+        parts = (condition, target, timesteps, noise)
         if self.loss_chunk_size is None:
-            return self._row_losses(scheduler, *rows).mean()
-        chunks = zip(*(part.split(self.loss_chunk_size) for part in rows), strict=True)
+            return self._row_losses(scheduler, *parts).mean()
+        chunks = zip(*(part.split(self.loss_chunk_size) for part in parts), strict=True)
         settings = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn inside
         return torch.cat([checkpoint(self._row_losses, scheduler, *chunk, **settings) for chunk in chunks]).mean()
 
@@ -319,50 +284,33 @@ class DiffusionHead(TokenHead):
         mean_squared_error, bound = scheduler.training_losses(output, target, noisy, noise, timesteps)
         return mean_squared_error + bound
 
-    def sample(
+    def draw(
         self,
         *,
         condition: torch.Tensor,
-        negative_condition: torch.Tensor | None = None,
-        guidance_scale: float = 1.0,
+        negative_condition: torch.Tensor | None,
+        guidance_scale: float,
         scheduler: SchedulerMixin,
         num_steps: int,
-        temperature: float = 1.0,
-        noise: torch.Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        **head_kwargs: object,
+        temperature: float,
+        noise: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        guidance_refresh: int = 1,
     ) -> torch.Tensor:
         """Sample tokens by reverse diffusion.
 
         Guidance is `uncond + guidance_scale * (cond - uncond)` on epsilon; the variance is the conditional one. Only
-        the conditional state is kept, which equals the original's two copies.
+        the conditional state is kept, which equals the original's two copies. The temperature multiplies the injected
+        noise, not the start. Schedulers other than [`TokenDDPMScheduler`] draw the noise that they inject themselves.
 
         Args:
-            condition (`torch.Tensor` of shape `(batch, num_tokens, condition_dim)`): the backbone's output at the
-                positions wanted.
-            negative_condition (`torch.Tensor` of the same shape, *optional*): without the class, for guidance.
-            guidance_scale (`float`, *optional*, defaults to 1.0): 1.0 means no guidance.
-            scheduler (`SchedulerMixin`): [`TokenDDPMScheduler`], or a diffusers scheduler that predicts epsilon.
-            num_steps (`int`): sampler steps.
-            temperature (`float`, *optional*, defaults to 1.0): multiplies the injected noise, not the start.
-            noise (`torch.Tensor` of shape `(batch, num_tokens, steps + 1, token_dim)`, *optional*): entry 0 is the
-                start, entry 1 + s is injected at step s (by TokenDDPMScheduler only); at least `num_steps + 1`.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the noise, where none is given.
-            head_kwargs (`object`): `guidance_refresh` (`int`, 1 by default): guided steps for which the unconditional
-                branch is computed once: what it changes in epsilon is kept for the steps after it, as in the head of
-                LazyMAR's code (arXiv:2503.12450).
+            guidance_refresh (`int`, *optional*, defaults to 1): guided steps for which the unconditional branch is
+                computed once: what it changes in epsilon is kept for the steps after it, as in the head of LazyMAR's
+                code (arXiv:2503.12450).
 
         Returns:
             `torch.Tensor` of shape `(batch, num_tokens, token_dim)`: float32.
-
-        Raises:
-            ValueError: if `guidance_scale` is not 1.0 without `negative_condition`, or the scheduler, the negative
-                condition, the noise or the number of generators does not fit; if `head_kwargs` has other settings.
         """
-        self.check_scheduler(scheduler, temperature, **head_kwargs)
-        check_sampling_inputs(
-            condition, negative_condition, guidance_scale, noise, num_steps + 1, self.token_dim, generator
-        )
         guided = guidance_scale != 1.0
         batch, num_tokens, _ = condition.shape
         scheduler.set_timesteps(num_steps)
@@ -379,14 +327,15 @@ class DiffusionHead(TokenHead):
         # As numbers where that is enough: our scheduler has them on the CPU, and the device need not be waited for.
         timesteps = scheduler.timesteps.tolist() if own else scheduler.timesteps
         # The unconditional branch takes part in every `refresh`th step.
-        refresh = head_kwargs.get("guidance_refresh", 1) if guided else 1
+        refresh = guidance_refresh if guided else 1
         full_steps = self._modulations(time_embeddings[::refresh], embedding)
         others = [time_embeddings[step + 1 : step + refresh] for step in range(0, len(timesteps), refresh)]
         lazy_steps = self._modulations(torch.cat(others), embedding[:batch])
         for step, timestep in enumerate(timesteps):
-            model_input = scheduler.scale_model_input(sample, timestep)
+            # Ours needs no scaling.
+            rows = (sample if own else scheduler.scale_model_input(sample, timestep)).to(embedding.dtype)
             full = step % refresh == 0
-            rows = torch.cat([model_input] * 2) if guided and full else model_input
+            rows = torch.cat([rows] * 2) if guided and full else rows
             output = self._denoise(rows, next(full_steps if full else lazy_steps)).float()
             if guided:
                 epsilon, variance = output[:batch].chunk(2, dim=-1)
@@ -432,7 +381,10 @@ class DiffusionHead(TokenHead):
         return state
 
     def _embed_condition(self, condition: torch.Tensor) -> torch.Tensor:
-        return self.condition_proj(condition.to(self.condition_proj.weight.dtype))
+        """The condition's part of the embedding, whose type is the one that the head computes in."""
+        if condition.dtype != self.condition_proj.weight.dtype:
+            condition = as_computed(condition, self.condition_proj)
+        return self.condition_proj(condition)
 
     def _modulations(
         self, time_embeddings: torch.Tensor, embedding: torch.Tensor
@@ -442,21 +394,22 @@ class DiffusionHead(TokenHead):
         parts = 3 * len(self.blocks) + 2
         ahead = max(1, MODULATION_BYTES // (parts * max(1, embedding.numel()) * embedding.element_size()))
         for some in time_embeddings.split(ahead):
-            yield from zip(*(modulation.unbind() for modulation in self._modulate(some + embedding)), strict=True)
+            yield from zip(*(modulation.unbind() for modulation in self._modulate(some, embedding)), strict=True)
 
-    def _modulate(self, embedding: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _modulate(self, time_embedding: torch.Tensor, embedding: torch.Tensor) -> Iterator[torch.Tensor]:
         """What the sum of the time's and the condition's embedding does: shift, 1 + scale and gate of each block, then
         shift and 1 + scale of the output. One after the other, so that the backward pass frees each with its block."""
-        embedding = nn.functional.silu(embedding).to(self.condition_proj.weight.dtype)
+        activated = nn.functional.silu(time_embedding + embedding).to(embedding.dtype)
         for block in self.blocks:
-            yield from block.modulate(embedding)
-        shift, scale = self.out_modulation(embedding).chunk(2, dim=-1)
+            shift, scale, gate = block.modulation(activated).chunk(3, dim=-1)
+            yield from (shift, 1 + scale, gate)
+        shift, scale = self.out_modulation(activated).chunk(2, dim=-1)
         yield from (shift, 1 + scale)
 
     def _denoise(self, noisy_tokens: torch.Tensor, modulations: Iterable[torch.Tensor]) -> torch.Tensor:
         """The MLP, modulated."""
         modulations = iter(modulations)
-        hidden_states = self.token_proj(noisy_tokens.to(self.token_proj.weight.dtype))
+        hidden_states = self.token_proj(noisy_tokens)
         for block in self.blocks:
             hidden_states = block.update(hidden_states, *islice(modulations, 3))
         shift, scale = modulations

@@ -133,6 +133,11 @@ class BackboneConfig(PreTrainedConfig):
         """Positions in the token grid."""
         return self.grid_height * self.grid_width
 
+    @property
+    def context_dim(self) -> int | None:
+        """Width of what blocks attend to beside the sequence; None where the model takes no texts."""
+        return None if self.text_dim is None else self.hidden_size
+
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "BackboneConfig":
         """The configuration of a released size.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention, MLP and blocks: what backbones and the aligner of texts are built from."""
+"""What backbones and the aligner of texts are built from: attention, MLP and blocks; and what comes in, checked."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..onednn import apply_activated, is_plain_linear
+from ..onednn import is_plain_linear
+from ..utils import draw
 from .configuration_backbone import BackboneConfig
 
 
@@ -19,6 +20,81 @@ MOST_ABSORBED = 0.5
 ABSORBED_BYTES = 16 * 2**20
 # What attention needs of a context: `ContextAttention.read` says more.
 ContextStates = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def check_inputs(tokens: torch.Tensor, mask: torch.Tensor | None, num_tokens: int, token_dim: int) -> None:
+    """Refuse tokens and masks of wrong shapes.
+
+    Args:
+        tokens (`torch.Tensor`): has to be of shape `(batch, num_tokens, token_dim)`.
+        mask (`torch.Tensor`, *optional*): has to be bool of shape `(batch, num_tokens)`.
+        num_tokens (`int`): of the model.
+        token_dim (`int`): of the model.
+
+    Raises:
+        ValueError: if one does not fit.
+    """
+    is_batch = isinstance(tokens, torch.Tensor) and tokens.ndim == 3 and len(tokens) > 0
+    if not is_batch or tokens.shape[1:] != (num_tokens, token_dim):
+        raise ValueError(f"`tokens` has to be of shape (batch, {num_tokens}, {token_dim}), got {_form(tokens)}.")
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor) or mask.shape != tokens.shape[:2] or mask.dtype != torch.bool:
+        dtype = f"{mask.dtype} " if isinstance(mask, torch.Tensor) else ""
+        raise ValueError(f"`mask` has to be bool of shape {tuple(tokens.shape[:2])}, got {dtype}{_form(mask)}.")
+
+
+def fill_labels(
+    class_labels: torch.Tensor | None,
+    tokens: torch.Tensor,
+    null_class: int,
+    dropout: float = 0.0,
+    dropped: torch.Tensor | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.Tensor:
+    """Rows of the class embedding: the labels, with the null class for None and for a share of them.
+
+    Args:
+        class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None means the null class. The range is
+            checked where that needs no waiting: of labels on the CPU.
+        tokens (`torch.Tensor` of shape `(batch, ...)`): for the number of images and the device.
+        null_class (`int`): number of the null class, the last row.
+        dropout (`float`, *optional*, defaults to 0.0): share of labels to be replaced by the null class.
+        dropped (`torch.Tensor` of shape `(batch,)`, *optional*): bool, True where the label does not count anyway.
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*): draws which are replaced.
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`: int64, on the device of `tokens`.
+
+    Raises:
+        ValueError: if the labels are of another shape, no integers or out of range.
+    """
+    # Not the embedding's device: weights that are loaded when they are called for wait on "meta".
+    batch_size, device = len(tokens), tokens.device
+    if class_labels is None:
+        return torch.full((batch_size,), null_class, device=device)
+    if not isinstance(class_labels, torch.Tensor) or class_labels.shape != (batch_size,):
+        raise ValueError(f"`class_labels` has to be of shape {(batch_size,)}, got {_form(class_labels)}.")
+    if class_labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`class_labels` has to be int64, got {class_labels.dtype}.")
+    if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        least, most = class_labels.min().item(), class_labels.max().item()
+        if least < 0 or most > null_class:
+            raise ValueError(
+                f"`class_labels` has to lie in 0..{null_class}, the last being the null class, got "
+                f"{class_labels.tolist()}."
+            )
+    if dropped is not None:
+        class_labels = torch.where(dropped, null_class, class_labels)
+    if dropout > 0:
+        dropped = draw(torch.rand, (batch_size,), generator, device) < dropout
+        class_labels = torch.where(dropped, null_class, class_labels)
+    return class_labels
+
+
+def _form(value: object) -> str:
+    """What a message says of a value that is not the tensor that it should be."""
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def eager_attention_forward(
@@ -289,9 +365,13 @@ class BackboneMLP(nn.Module):
         dropout (`float`): after the GELU.
     """
 
+    # Whose output alone goes through `activation`: a backend may compute both at once.
+    activated_linear = "fc1"
+
     def __init__(self, hidden_size: int, intermediate_size: int, dropout: float):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.activation = nn.GELU()
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
 
@@ -304,7 +384,7 @@ class BackboneMLP(nn.Module):
         Returns:
             `torch.Tensor` of the same shape.
         """
-        return self.fc2(self.dropout(apply_activated(self.fc1, hidden_states, nn.functional.gelu)))
+        return self.fc2(self.dropout(self.activation(self.fc1(hidden_states))))
 
 
 class BackboneLayer(GradientCheckpointingLayer):

@@ -6,14 +6,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
+from transformers.utils import can_return_tuple
+from typing_extensions import Unpack
 
 from ..generation import sample_tokens_per_step
+from ..generation.schedules import check_tokens_per_step
 from ..utils import check_generator
+from .argument_docs import fill_arguments
 from .configuration_ar import ARConfig
-from .layers import BackboneLayer
-from .modeling_backbone import BackbonePreTrainedModel, TokenHeadMixin
+from .layers import BackboneLayer, check_inputs, fill_labels, pick
+from .modeling_backbone import BackboneInputs, BackbonePreTrainedModel, TokenHeadMixin
 from .modeling_outputs import BackboneOutput
-from .text_context import TextAligner, TextContext
+from .text_context import TextContext
 
 
 # What stands in a slot of the sequence in place of a token's rank, and where none is asked for.
@@ -61,20 +65,32 @@ class ARPreTrainedModel(BackbonePreTrainedModel):
     config_class = ARConfig
     config: ARConfig
 
-    def check_orders(self, orders: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Refuse orders of a wrong shape. Whether they are permutations, only the device knows.
+    def check_tokens_per_step(self, tokens_per_step: list[int]) -> None:
+        """Refuse steps that the model was not made for.
 
         Args:
-            orders (`torch.Tensor`): as `forward` takes them.
-            tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): likewise.
+            tokens_per_step (`list[int]`): tokens of each step.
 
         Raises:
-            ValueError: if the shapes do not fit.
+            ValueError: if a step has none or more than `max_tokens_per_step`, or all together more than there are.
         """
-        if orders.shape != tokens.shape[:2]:
+        check_tokens_per_step(tokens_per_step, self.config.num_tokens, self.config.max_tokens_per_step)
+
+    def _check_inputs(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        orders: torch.Tensor | None,
+    ) -> None:
+        """Refuse wrong shapes. Whether orders are permutations, only the device knows."""
+        check_inputs(tokens, mask, self.config.num_tokens, self.config.token_dim)
+        check_generator(generator, len(tokens))
+        if orders is not None and orders.shape != tokens.shape[:2]:
             raise ValueError(f"`orders` has to be of shape {tuple(tokens.shape[:2])}, got {tuple(orders.shape)}.")
 
 
+@fill_arguments
 class ARModel(ARPreTrainedModel):
     """The causal transformer of arXiv:2406.11838, section 3.3, for any order: a condition for each token out.
 
@@ -86,34 +102,27 @@ class ARModel(ARPreTrainedModel):
         config ([`ARConfig`]): see there.
     """
 
-    # The backbone alone can be loaded from a checkpoint with a head.
-    _keys_to_ignore_on_load_unexpected = [r"^head\."]
-
     def __init__(self, config: ARConfig):
         super().__init__(config)
         width, length = config.hidden_size, config.num_tokens
-        context_dim = None if config.text_dim is None else width
-        if config.text_dim is not None:
-            self.text_aligner = TextAligner(config)
-        self.class_embedding = nn.Embedding(config.num_classes + 1, width)
+        self.build_inputs()
         self.class_position_embedding = nn.Parameter(torch.zeros(1, config.num_class_tokens, width))
-        self.token_proj = nn.Linear(config.token_dim, width)
-        self.token_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         if config.max_tokens_per_step > 1:
             self.blank_token = nn.Parameter(torch.zeros(1, 1, width))
         if config.position_type == "learned":
             self.position_embedding = nn.Parameter(torch.zeros(1, length, width))
             self.target_position_embedding = nn.Parameter(torch.zeros(1, length, width))
+        self.condition_position_embedding = nn.Parameter(torch.zeros(1, length, width))
         self.layers = nn.ModuleList(
             [
-                BackboneLayer(config, width, config.num_attention_heads, index, context_dim)
+                BackboneLayer(config, width, config.num_attention_heads, index, config.context_dim)
                 for index in range(config.num_layers)
             ]
         )
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.condition_position_embedding = nn.Parameter(torch.zeros(1, length, width))
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         tokens: torch.Tensor,
@@ -121,31 +130,21 @@ class ARModel(ARPreTrainedModel):
         tokens_per_step: list[int] | None = None,
         class_labels: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        prompt_attention_mask: torch.Tensor | None = None,
-        text_context: TextContext | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        return_dict: bool | None = None,
+        **inputs: Unpack[BackboneInputs],
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
         """Condition vectors: of all positions, or of the last step's tokens.
 
         Args:
             tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the tokens. A condition depends on those
                 of earlier steps only.
-            orders (`torch.Tensor` of shape `(batch, num_tokens)`): int64, positions in the order of generation.
+            {orders}
             tokens_per_step (`list[int]`, *optional*): tokens of each step up to the one wanted; None means one token
                 a step, for all of them. What comes after the last step is not read.
-            class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None means the null class.
+            {class_labels}
             past_key_values (`Cache`, *optional*): keys and values of earlier steps with the same tokens, orders and
                 steps; those of the others are added. None computes all steps.
-            prompt_embeds (`torch.Tensor` of shape `(batch, length, text_dim)`, *optional*): the text encoder's states,
-                for models with a `text_dim`; None means the null text.
-            prompt_attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): True or 1 for tokens, False
-                or 0 for padding; a row without tokens is the null text. None: all are tokens.
-            text_context ([`TextContext`], *optional*): in place of the two: keeps what is computed from the texts.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the text and class dropout of
-                training: one, or one per image; None means torch's global one.
-            return_dict (`bool`, *optional*): False gives a tuple.
+            {generator, prompt_embeds, prompt_attention_mask, text_context, return_dict}
 
         Returns:
             [`BackboneOutput`]: `condition` of shape `(batch, num_tokens, hidden_size)`, row by row, where all tokens
@@ -153,13 +152,11 @@ class ARModel(ARPreTrainedModel):
             that were computed, where there are fewer.
 
         Raises:
-            ValueError: if a shape, the number of generators or the tokens per step do not fit, or the cache holds all
-                steps already.
+            ValueError: if a shape, a label, the number of generators or the tokens per step do not fit, the cache
+                holds all steps already, or the model takes no texts.
         """
         config = self.config
-        self.check_inputs(tokens, None, class_labels)
-        check_generator(generator, len(tokens))
-        self.check_orders(orders, tokens)
+        self._check_inputs(tokens, None, generator, orders)
         tokens_per_step = [1] * config.num_tokens if tokens_per_step is None else tokens_per_step
         self.check_tokens_per_step(tokens_per_step)
         contents, targets, steps = build_slots(tokens_per_step, config.num_class_tokens)
@@ -170,9 +167,13 @@ class ARModel(ARPreTrainedModel):
         attention_mask, is_causal = self._build_mask(steps, first, tokens, past_key_values)
         contents, targets = contents[first:], targets[first:]
 
-        text = (prompt_embeds, prompt_attention_mask, text_context)
-        contexts, dropped = self.read_text(list(self.layers), tokens, *text, generator)
-        hidden_states = self._embed_slots(tokens, orders, class_labels, contents, generator, dropped)
+        blocks, dropped = list(self.layers), None
+        contexts = [None] * len(blocks)
+        if inputs or config.text_dim is not None:
+            contexts, dropped = self.read_text(blocks, tokens, generator, **inputs)
+        dropout = config.class_dropout_prob if self.training else 0.0
+        labels = fill_labels(class_labels, tokens, config.num_classes, dropout, dropped, generator)
+        hidden_states = self._embed_slots(tokens, orders, labels, contents)
         asked = _to_device(targets, tokens.device)
         # (B, S): the position that is predicted from each slot; any where none is
         target_positions = orders[:, asked.clamp(min=0)]
@@ -184,7 +185,7 @@ class ARModel(ARPreTrainedModel):
             held = _to_device(contents, tokens.device)
             rotary = self._build_rotary(orders, held, asked)
         hidden_states = self.token_norm(hidden_states)
-        for layer, context in zip(self.layers, contexts, strict=True):
+        for layer, context in zip(blocks, contexts, strict=True):
             hidden_states = layer(
                 hidden_states,
                 context=context,
@@ -199,52 +200,24 @@ class ARModel(ARPreTrainedModel):
         if condition.shape[1] == config.num_tokens:
             # From the order of generation to rows: position orders[i] gets the i-th.
             condition = condition.gather(1, orders.argsort(1)[..., None].expand_as(condition))
-        output = BackboneOutput(condition=condition)
-        return output.to_tuple() if return_dict is False else output
-
-    def check_tokens_per_step(self, tokens_per_step: list[int]) -> None:
-        """Refuse steps that the model was not made for.
-
-        Args:
-            tokens_per_step (`list[int]`): tokens of each step.
-
-        Raises:
-            ValueError: if a step has none or more than `max_tokens_per_step`, or all together more than there are.
-        """
-        limit, total = self.config.max_tokens_per_step, self.config.num_tokens
-        if not tokens_per_step or min(tokens_per_step) < 1 or sum(tokens_per_step) > total:
-            raise ValueError(
-                f"`tokens_per_step` has to hold positive numbers with a sum of at most {total}, got {tokens_per_step}."
-            )
-        if max(tokens_per_step) > limit:
-            raise ValueError(
-                f"This model predicts at most {limit} tokens a step (`max_tokens_per_step`), not "
-                f"{max(tokens_per_step)}: {total} tokens need at least {-(-total // limit)} steps, and "
-                '`token_schedule="constant"` spreads them evenly.'
-            )
+        return BackboneOutput(condition=condition)
 
     def _embed_slots(
-        self,
-        tokens: torch.Tensor,
-        orders: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        contents: list[int],
-        generator: torch.Generator | list[torch.Generator] | None,
-        dropped: torch.Tensor | None,
+        self, tokens: torch.Tensor, orders: torch.Tensor, labels: torch.Tensor, contents: list[int]
     ) -> torch.Tensor:
         """What the slots hold and where that stands in the picture: (B, S, D)."""
         num_class_slots = contents.count(CLASS)
         held = _to_device(contents[num_class_slots:], tokens.device)
         positions = orders[:, held.clamp(min=0)]
-        values = tokens.gather(1, positions[..., None].expand(-1, -1, tokens.shape[-1]))
-        embedding = self.token_proj(values.to(self.token_proj.weight.dtype))
+        # Not the type of the projection's weights, which may be stored in another than they compute in.
+        embedding = self.token_proj(pick(tokens, positions).to(self.condition_position_embedding.dtype))
         if self.config.position_type == "learned":
             embedding = embedding + self.position_embedding[0][positions]
         if self.config.max_tokens_per_step > 1:
             embedding = torch.where((held == BLANK)[:, None], self.blank_token, embedding)
         if num_class_slots == 0:
             return embedding
-        prefix = self.embed_class(class_labels, tokens, generator, dropped)[:, None] + self.class_position_embedding
+        prefix = self.class_embedding(labels)[:, None] + self.class_position_embedding
         return torch.cat([prefix, embedding], dim=1)
 
     def _build_mask(
@@ -273,7 +246,7 @@ class ARModel(ARPreTrainedModel):
         visible = own <= own[first:, None]
         if size >= 0:  # what a static cache does not hold yet
             visible = nn.functional.pad(visible, (0, size - len(steps)))
-        dtype = self.token_proj.weight.dtype
+        dtype = self.condition_position_embedding.dtype
         mask = torch.zeros(visible.shape, dtype=dtype, device=tokens.device)
         return mask.masked_fill(~visible, torch.finfo(dtype).min)[None, None], False
 
@@ -303,23 +276,15 @@ class ARModel(ARPreTrainedModel):
         return torch.stack([angles.cos(), angles.sin()])
 
 
+@fill_arguments
 class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
     """[`ARModel`] with a token head: computes the training loss, and holds what the pipeline samples with.
 
     Args:
         config ([`ARConfig`]): see there.
-
-    Raises:
-        ValueError: if `head_config` holds settings that the head does not have.
     """
 
-    def __init__(self, config: ARConfig):
-        super().__init__(config)
-        self.model = ARModel(config)
-        self.head = self.build_head()
-        self.post_init()
-        # What the backbone alone may leave in the file is needed here.
-        self._keys_to_ignore_on_load_unexpected = set()
+    backbone_class = ARModel
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:
@@ -327,23 +292,12 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
         steps = -(-self.config.num_tokens // self.config.max_tokens_per_step)
         return {**super().sampling_defaults, "num_inference_steps": steps, "token_schedule": "constant"}
 
-    def check_tokens_per_step(self, tokens_per_step: list[int]) -> None:
-        """Refuse steps that the model was not made for.
-
-        Args:
-            tokens_per_step (`list[int]`): tokens of each step.
-
-        Raises:
-            ValueError: if a step has more tokens than `max_tokens_per_step`.
-        """
-        self.model.check_tokens_per_step(tokens_per_step)
-
     def make_cache(self, tokens_per_step: list[int], static: bool = False) -> Cache:
         """The keys and values that `predict` keeps from step to step.
 
         Args:
             tokens_per_step (`list[int]`): tokens of all steps.
-            static (`bool`, *optional*, defaults to `False`): of a fixed size from the start.
+            {static}
 
         Returns:
             `Cache`: empty.
@@ -390,17 +344,14 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
         tokens: torch.Tensor,
         mask: torch.Tensor | None = None,
         class_labels: torch.Tensor | None = None,
-        noise_scheduler: object | None = None,
-        timesteps: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
         orders: torch.Tensor | None = None,
         tokens_per_step: list[int] | None = None,
         past_key_values: Cache | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        prompt_attention_mask: torch.Tensor | None = None,
-        text_context: TextContext | None = None,
+        noise_scheduler: object | None = None,
+        timesteps: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        return_dict: bool | None = None,
+        **inputs: Unpack[BackboneInputs],
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
         """Condition vectors, and the training loss where a noise scheduler is given.
 
@@ -412,57 +363,36 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
             tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the tokens.
             mask (`torch.Tensor` of shape `(batch, num_tokens)`, *optional*): bool, True for tokens that count in the
                 loss; the others come first in the order, which keeps its sequence otherwise. None means all.
-            class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None means the null class.
-            noise_scheduler ([`TokenDDPMScheduler`], *optional*): the noise schedule of the loss.
-            timesteps (`torch.Tensor` of shape `(head_batch_multiplier * batch * num_tokens,)`, *optional*): of the
-                loss.
-            noise (`torch.Tensor` of shape `(head_batch_multiplier * batch * num_tokens, token_dim)`, *optional*): of
-                the loss.
+            {class_labels}
             orders (`torch.Tensor` of shape `(batch, num_tokens)`, *optional*): int64, positions in the order of
                 generation; None draws the configuration's.
             tokens_per_step (`list[int]`, *optional*): tokens of each step up to the one wanted; None means one each.
                 In training it is drawn where neither it nor `orders` is given.
             past_key_values (`Cache`, *optional*): keys and values of earlier steps; see [`ARModel`].
-            prompt_embeds (`torch.Tensor` of shape `(batch, length, text_dim)`, *optional*): the text encoder's states,
-                for models with a `text_dim`; None means the null text.
-            prompt_attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): True or 1 for tokens, False
-                or 0 for padding; a row without tokens is the null text. None: all are tokens.
-            text_context ([`TextContext`], *optional*): in place of the two: keeps what is computed from the texts.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for what is drawn: one, or one per
-                image; None means torch's global one.
-            return_dict (`bool`, *optional*): False gives a tuple.
+            {noise_scheduler, timesteps, noise, generator, prompt_embeds, prompt_attention_mask, text_context}
+            {return_dict}
 
         Returns:
             [`BackboneOutput`]: `loss` (with a scheduler), `condition`: see [`ARModel`].
 
         Raises:
-            ValueError: if a shape, the number of generators or the tokens per step do not fit, or a loss is wanted
-                of steps that leave tokens out.
+            ValueError: if a shape, a label, the number of generators or the tokens per step do not fit, or a loss is
+                wanted of steps that leave tokens out.
         """
-        self.check_inputs(tokens, mask, class_labels)
-        check_generator(generator, len(tokens))
+        self._check_inputs(tokens, mask, generator, orders)
         if self.training and orders is None and tokens_per_step is None:
             drawn = self.training_inputs(len(tokens), generator)
             orders, tokens_per_step = drawn["orders"], drawn["tokens_per_step"]
         elif orders is None:
             orders = self.draw_orders(len(tokens), generator)
         orders = orders.to(tokens.device)
-        self.check_orders(orders, tokens)
         if mask is not None:
             # A stable sort of False before True.
             orders = orders.gather(1, mask.gather(1, orders).to(torch.uint8).argsort(dim=1, stable=True))
-        context = self.draw_context(tokens, generator)
-        output = self.model(
-            context,
-            orders,
-            tokens_per_step,
-            class_labels,
-            past_key_values,
-            prompt_embeds,
-            prompt_attention_mask,
-            text_context,
-            generator,
-        )
+        return_dict = inputs.pop("return_dict", None)
+        seen = self.draw_context(tokens, generator) if self.training else tokens
+        inputs |= {"past_key_values": past_key_values, "generator": generator}
+        output = self.model(seen, orders, tokens_per_step, class_labels, **inputs, return_dict=True)
         if noise_scheduler is not None:
             if output.condition.shape[1] != self.config.num_tokens:
                 raise ValueError(f"`tokens_per_step` has to cover all tokens for a loss, got {tokens_per_step}.")
@@ -485,29 +415,19 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
         """One autoregressive step: conditions of the next tokens.
 
         Args:
-            tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the tokens; only those of earlier steps
-                are read.
-            orders (`torch.Tensor` of shape `(batch, num_tokens)`): int64, positions in the order of generation.
-            tokens_per_step (`list[int]`): tokens of the steps so far, this one included.
-            class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None means the null class.
+            {tokens, orders, tokens_per_step, class_labels}
             past_key_values (`Cache`, *optional*): from `make_cache`: then only what is not in it is computed.
-            text_context ([`TextContext`], *optional*): the texts; the same object in all steps.
+            {text_context}
 
         Returns:
             `torch.Tensor` of shape `(batch, tokens_per_step[-1], hidden_size)`: in the order of generation.
         """
-        output = self(
-            tokens,
-            class_labels=class_labels,
-            orders=orders,
-            tokens_per_step=tokens_per_step,
-            past_key_values=past_key_values,
-            text_context=text_context,
-        )
-        condition, count, done = output.condition, tokens_per_step[-1], sum(tokens_per_step)
+        inputs = {} if text_context is None else {"text_context": text_context}
+        inputs |= {"orders": orders, "tokens_per_step": tokens_per_step, "past_key_values": past_key_values}
+        condition = self(tokens, class_labels=class_labels, **inputs).condition
+        count, done = tokens_per_step[-1], sum(tokens_per_step)
         if condition.shape[1] == self.config.num_tokens:
-            positions = orders[:, done - count : done]
-            return condition.gather(1, positions[..., None].expand(-1, -1, condition.shape[-1]))
+            return pick(condition, orders[:, done - count : done])
         return condition[:, -count:]
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all backbones share: class embedding, texts, first weights, the head on top."""
+"""What all backbones share: texts, first weights, the head on top."""
 
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from ..generation import GENERATION_ORDERS
@@ -15,11 +15,20 @@ from ..utils import draw
 from .configuration_backbone import BackboneConfig
 from .layers import BackboneLayer, ContextStates, ZeroLinear
 from .modeling_outputs import BackboneOutput
-from .text_context import TextContext
+from .text_context import TextAligner, TextContext
+
+
+class BackboneInputs(TypedDict, total=False):
+    """What `forward` of every backbone takes in the same way. Texts are for models with a `text_dim`."""
+
+    prompt_embeds: torch.Tensor | None
+    prompt_attention_mask: torch.Tensor | None
+    text_context: TextContext | None
+    return_dict: bool | None
 
 
 class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
-    """What the models of all backbones share: flags, the original's initialisation, the classes.
+    """What the models of all backbones share: flags, the original's initialisation, the texts.
 
     Args:
         config ([`BackboneConfig`]): see there.
@@ -28,6 +37,8 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     config: BackboneConfig
     base_model_prefix = "model"
     main_input_name = "tokens"
+    # The backbone alone can be loaded from a checkpoint with a head.
+    _keys_to_ignore_on_load_unexpected = [r"^head\."]
     supports_gradient_checkpointing = True
     _no_split_modules = ["BackboneLayer", *sorted(head.__name__ for head in TOKEN_HEADS.values())]
     _supports_sdpa = True
@@ -56,53 +67,33 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
             for _, parameter in module.named_parameters(recurse=False):
                 init.normal_(parameter, std=std)
 
-    def embed_class(
-        self,
-        class_labels: torch.Tensor | None,
-        tokens: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        dropped: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Class embeddings, with the null class for None and, in training, for a share of the labels.
-
-        Args:
-            class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None means the null class.
-            tokens (`torch.Tensor` of shape `(batch, ...)`): for the number of images and the device.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the class dropout of training.
-            dropped (`torch.Tensor` of shape `(batch,)`, *optional*): bool, True where the label does not count anyway.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, hidden_size)`.
-        """
-        # Not the embedding's device: weights that are loaded when they are called for wait on "meta".
-        null_class, batch_size, device = self.config.num_classes, len(tokens), tokens.device
-        if class_labels is None:
-            return self.class_embedding(torch.full((batch_size,), null_class, device=device))
-        if dropped is not None:
-            class_labels = torch.where(dropped, null_class, class_labels)
-        if self.training and self.config.class_dropout_prob > 0:
-            dropped = draw(torch.rand, (batch_size,), generator, device) < self.config.class_dropout_prob
-            class_labels = torch.where(dropped, null_class, class_labels)
-        return self.class_embedding(class_labels)
+    def build_inputs(self) -> None:
+        """The modules for what every backbone is given: classes, tokens, texts where it takes them."""
+        config, width = self.config, self.config.hidden_size
+        if config.text_dim is not None:
+            self.text_aligner = TextAligner(config)
+        self.class_embedding = nn.Embedding(config.num_classes + 1, width)
+        self.token_proj = nn.Linear(config.token_dim, width)
+        self.token_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def read_text(
         self,
         blocks: list[BackboneLayer],
         tokens: torch.Tensor,
-        prompt_embeds: torch.Tensor | None,
-        prompt_attention_mask: torch.Tensor | None,
-        text_context: TextContext | None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        text_context: TextContext | None = None,
     ) -> tuple[list[ContextStates | None], torch.Tensor | None]:
         """What each block attends to, with the null text for None and, in training, for a share of the texts.
 
         Args:
             blocks (`list[BackboneLayer]`): all blocks that attend to texts, always the same.
             tokens (`torch.Tensor` of shape `(batch, ...)`): for the number of images and the device.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the text dropout of training.
             prompt_embeds (`torch.Tensor`, *optional*): as `forward` takes them.
             prompt_attention_mask (`torch.Tensor`, *optional*): likewise.
             text_context ([`TextContext`], *optional*): likewise.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the text dropout of training.
 
         Returns:
             a list with one entry a block, all None where the model takes no texts; and a bool `torch.Tensor` of shape
@@ -172,31 +163,6 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
             )
         return prompt_attention_mask.bool()
 
-    def check_inputs(self, tokens: torch.Tensor, mask: torch.Tensor | None, class_labels: torch.Tensor | None) -> None:
-        """Refuse wrong shapes.
-
-        Args:
-            tokens (`torch.Tensor`): as `forward` takes them.
-            mask (`torch.Tensor`, *optional*): likewise.
-            class_labels (`torch.Tensor`, *optional*): likewise.
-
-        Raises:
-            ValueError: if a shape or a dtype does not fit.
-        """
-        shape = (self.config.num_tokens, self.config.token_dim)
-        if tokens.ndim != 3 or tokens.shape[1:] != shape:
-            raise ValueError(
-                f"`tokens` has to be of shape (batch, {shape[0]}, {shape[1]}), got {tuple(tokens.shape)}."
-            )
-        if mask is not None and (mask.shape != tokens.shape[:2] or mask.dtype != torch.bool):
-            raise ValueError(
-                f"`mask` has to be bool of shape {tuple(tokens.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}."
-            )
-        if class_labels is not None and class_labels.shape != tokens.shape[:1]:
-            raise ValueError(
-                f"`class_labels` has to be of shape {tuple(tokens.shape[:1])}, got {tuple(class_labels.shape)}."
-            )
-
 
 def add_context_noise(tokens: torch.Tensor, noise: torch.Tensor, level: torch.Tensor | float) -> torch.Tensor:
     """Mix noise into tokens that were generated: (1 - level) tokens + level noise (arXiv:2411.18447).
@@ -213,20 +179,22 @@ def add_context_noise(tokens: torch.Tensor, noise: torch.Tensor, level: torch.Te
 
 
 class TokenHeadMixin:
-    """A backbone with a token head: the loss, and what the pipeline asks for. Put before the backbone's base class."""
+    """A backbone with a token head: the loss, and what the pipeline asks for. Put before the backbone's base class.
 
-    def build_head(self) -> nn.Module:
-        """The head of the configuration, with random weights.
+    Args:
+        config ([`BackboneConfig`]): of the backbone's class.
 
-        Returns:
-            [`TokenHead`]: an entry of `TOKEN_HEADS`.
+    Raises:
+        ValueError: if `head_config` holds settings that the head does not have.
+    """
 
-        Raises:
-            ValueError: if `head_config` holds settings that the head does not have.
-        """
-        config = self.config
+    backbone_class: type[BackbonePreTrainedModel]
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__(config)
+        self.model = self.backbone_class(config)
         try:
-            return TOKEN_HEADS[config.head_type](
+            self.head = TOKEN_HEADS[config.head_type](
                 token_dim=config.token_dim,
                 condition_dim=config.condition_dim,
                 batch_multiplier=config.head_batch_multiplier,
@@ -236,6 +204,9 @@ class TokenHeadMixin:
             raise ValueError(
                 f"`head_config` {config.head_config} does not fit {config.head_type!r}: {error}"
             ) from error
+        self.post_init()
+        # What the backbone alone may leave in the file is needed here.
+        self._keys_to_ignore_on_load_unexpected = set()
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:
@@ -243,18 +214,6 @@ class TokenHeadMixin:
         defaults = {"generation_order": self.config.order, **self.head.sampling_defaults}
         # What is usual with texts (Fluid, arXiv:2410.13863, and those after it).
         return defaults if self.config.text_dim is None else {**defaults, "guidance_schedule": "constant"}
-
-    def make_cache(self, tokens_per_step: list[int], static: bool = False) -> Cache | None:
-        """What `predict` keeps from step to step.
-
-        Args:
-            tokens_per_step (`list[int]`): tokens of all steps.
-            static (`bool`, *optional*, defaults to `False`): of a fixed size from the start.
-
-        Returns:
-            `Cache`: empty; None where the backbone can keep nothing.
-        """
-        return None
 
     def check_tokens_per_step(self, tokens_per_step: list[int]) -> None:
         """Refuse steps that the model can't do.

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masked autoregressive model: an encoder over visible tokens, a decoder over all, a token head on top."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import can_return_tuple
+from typing_extensions import Unpack
 
 from ..generation import sample_mask, sample_num_masked
 from ..utils import check_generator
+from .argument_docs import fill_arguments
 from .configuration_mar import MARConfig
-from .layers import BackboneLayer, pick
-from .modeling_backbone import BackbonePreTrainedModel, TokenHeadMixin
+from .layers import BackboneLayer, check_inputs, fill_labels, pick
+from .modeling_backbone import BackboneInputs, BackbonePreTrainedModel, TokenHeadMixin
 from .modeling_outputs import BackboneOutput
-from .text_context import TextAligner, TextContext
+from .text_context import TextContext
 
 
 class MARPreTrainedModel(BackbonePreTrainedModel):
@@ -26,6 +30,7 @@ class MARPreTrainedModel(BackbonePreTrainedModel):
     config: MARConfig
 
 
+@fill_arguments
 class MARModel(MARPreTrainedModel):
     """The masked encoder-decoder of MAR (arXiv:2406.11838): tokens and a mask in, a condition for each out.
 
@@ -36,23 +41,16 @@ class MARModel(MARPreTrainedModel):
         config ([`MARConfig`]): see there.
     """
 
-    # The backbone alone can be loaded from a checkpoint with a head.
-    _keys_to_ignore_on_load_unexpected = [r"^head\."]
-
     def __init__(self, config: MARConfig):
         super().__init__(config)
         width, decoder_width = config.hidden_size, config.decoder_hidden_size
+        decoder_heads = config.decoder_num_attention_heads
         length = config.num_class_tokens + config.num_tokens
-        context_dim = None if config.text_dim is None else width
-        if config.text_dim is not None:
-            self.text_aligner = TextAligner(config)
-        self.class_embedding = nn.Embedding(config.num_classes + 1, width)
-        self.token_proj = nn.Linear(config.token_dim, width)
-        self.token_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.build_inputs()
         self.encoder_position_embedding = nn.Parameter(torch.zeros(1, length, width))
         self.encoder_layers = nn.ModuleList(
             [
-                BackboneLayer(config, width, config.num_attention_heads, context_dim=context_dim)
+                BackboneLayer(config, width, config.num_attention_heads, context_dim=config.context_dim)
                 for _ in range(config.num_encoder_layers)
             ]
         )
@@ -62,7 +60,7 @@ class MARModel(MARPreTrainedModel):
         self.decoder_position_embedding = nn.Parameter(torch.zeros(1, length, decoder_width))
         self.decoder_layers = nn.ModuleList(
             [
-                BackboneLayer(config, decoder_width, config.decoder_num_attention_heads, context_dim=context_dim)
+                BackboneLayer(config, decoder_width, decoder_heads, context_dim=config.context_dim)
                 for _ in range(config.num_decoder_layers)
             ]
         )
@@ -70,18 +68,16 @@ class MARModel(MARPreTrainedModel):
         self.condition_position_embedding = nn.Parameter(torch.zeros(1, config.num_tokens, decoder_width))
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         tokens: torch.Tensor,
         mask: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         num_masked: int | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        prompt_attention_mask: torch.Tensor | None = None,
-        text_context: TextContext | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
         positions: torch.Tensor | None = None,
-        return_dict: bool | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        **inputs: Unpack[BackboneInputs],
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
         """Condition vectors, for all positions or some.
 
@@ -89,32 +85,30 @@ class MARModel(MARPreTrainedModel):
             tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the tokens; masked ones are not read.
             mask (`torch.Tensor` of shape `(batch, num_tokens)`): bool, True = still to be generated; as many in every
                 row.
-            class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None means the null class.
+            {class_labels}
             num_masked (`int`, *optional*): masked tokens in a row, where the caller knows it: saves counting them,
                 which waits for the device.
-            prompt_embeds (`torch.Tensor` of shape `(batch, length, text_dim)`, *optional*): the text encoder's states,
-                for models with a `text_dim`; None means the null text.
-            prompt_attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): True or 1 for tokens, False
-                or 0 for padding; a row without tokens is the null text. None: all are tokens.
-            text_context ([`TextContext`], *optional*): in place of the two: keeps what is computed from the texts.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the text and class dropout of
-                training: one, or one per image; None means torch's global one.
             positions (`torch.Tensor` of shape `(batch, count)`, *optional*): int64, where a condition is wanted; the
                 last block computes no others. None: everywhere.
-            return_dict (`bool`, *optional*): False gives a tuple.
+            {generator, prompt_embeds, prompt_attention_mask, text_context, return_dict}
 
         Returns:
             [`BackboneOutput`]: `condition` and `encoder_last_hidden_state`.
 
         Raises:
-            ValueError: if a shape or the number of generators does not fit, or rows have different numbers of masked
-                tokens.
+            ValueError: if a shape, a label or the number of generators does not fit, rows have different numbers of
+                masked tokens, or the model takes no texts.
         """
-        self.check_inputs(tokens, mask, class_labels)
+        config, num_prefix, num_tokens = (
+            self.config,
+            self.config.num_class_tokens,
+            self.condition_position_embedding.shape[1],
+        )
+        check_inputs(tokens, mask, num_tokens, config.token_dim)
         if positions is not None and (positions.ndim != 2 or len(positions) != len(tokens)):
             raise ValueError(f"`positions` has to be of shape ({len(tokens)}, count), got {tuple(positions.shape)}.")
-        check_generator(generator, len(tokens))
-        num_tokens, num_prefix = self.config.num_tokens, self.config.num_class_tokens
+        if isinstance(generator, list):
+            check_generator(generator, len(tokens))
         if num_masked is None:
             counts = mask.sum(1)
             if (counts != counts[0]).any():
@@ -125,12 +119,16 @@ class MARModel(MARPreTrainedModel):
 
         # (B, P + L, D), then only class tokens and visible positions: (B, P + V, D)
         blocks = [*self.encoder_layers, *self.decoder_layers]
-        text = (prompt_embeds, prompt_attention_mask, text_context)
-        contexts, dropped = self.read_text(blocks, tokens, *text, generator)
-        embedding = self.embed_class(class_labels, tokens, generator, dropped)
-        hidden_states = self.token_proj(tokens.to(self.token_proj.weight.dtype))
+        contexts, dropped = [None] * len(blocks), None
+        if inputs or config.text_dim is not None:
+            contexts, dropped = self.read_text(blocks, tokens, generator, **inputs)
+        dropout = config.class_dropout_prob if self.training else 0.0
+        labels = fill_labels(class_labels, tokens, config.num_classes, dropout, dropped, generator)
+        embedding, places = self.class_embedding(labels), self.encoder_position_embedding
+        # Not the type of the projection's weights, which may be stored in another than they compute in.
+        hidden_states = self.token_proj(tokens.to(places.dtype))
         hidden_states = torch.cat([embedding[:, None].expand(-1, num_prefix, -1), hidden_states], dim=1)
-        hidden_states = self.token_norm(hidden_states + self.encoder_position_embedding)
+        hidden_states = self.token_norm(hidden_states + places)
         kept = pick(hidden_states[:, num_prefix:], visible)
         hidden_states = torch.cat([hidden_states[:, :num_prefix], kept], dim=1)
         for layer, context in zip(self.encoder_layers, contexts[: len(self.encoder_layers)], strict=True):
@@ -153,27 +151,18 @@ class MARModel(MARPreTrainedModel):
             condition = self.decoder_norm(hidden_states)[:, num_prefix:] + self.condition_position_embedding
         else:
             condition = self.decoder_norm(hidden_states) + self.condition_position_embedding[0][positions]
-        output = BackboneOutput(condition=condition, encoder_last_hidden_state=encoded)
-        return output.to_tuple() if return_dict is False else output
+        return BackboneOutput(condition=condition, encoder_last_hidden_state=encoded)
 
 
+@fill_arguments
 class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
     """[`MARModel`] with a token head: computes the training loss, and holds what the pipeline samples with.
 
     Args:
         config ([`MARConfig`]): see there.
-
-    Raises:
-        ValueError: if `head_config` holds settings that the head does not have.
     """
 
-    def __init__(self, config: MARConfig):
-        super().__init__(config)
-        self.model = MARModel(config)
-        self.head = self.build_head()
-        self.post_init()
-        # What the backbone alone may leave in the file is needed here.
-        self._keys_to_ignore_on_load_unexpected = set()
+    backbone_class = MARModel
 
     def training_inputs(
         self,
@@ -224,13 +213,10 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
         noise_scheduler: object | None = None,
         timesteps: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
-        num_masked: int | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        prompt_attention_mask: torch.Tensor | None = None,
-        text_context: TextContext | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        num_masked: int | None = None,
         positions: torch.Tensor | None = None,
-        return_dict: bool | None = None,
+        **inputs: Unpack[BackboneInputs],
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
         """Condition vectors, and the training loss where a noise scheduler is given.
 
@@ -242,32 +228,20 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
             tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the tokens.
             mask (`torch.Tensor` of shape `(batch, num_tokens)`, *optional*): bool, True = to be generated; drawn in
                 training mode where not given.
-            class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None means the null class.
-            noise_scheduler ([`TokenDDPMScheduler`], *optional*): the noise schedule of the loss.
-            timesteps (`torch.Tensor` of shape `(head_batch_multiplier * batch * num_tokens,)`, *optional*): of the
-                loss.
-            noise (`torch.Tensor` of shape `(head_batch_multiplier * batch * num_tokens, token_dim)`, *optional*): of
-                the loss.
+            {class_labels, noise_scheduler, timesteps, noise, generator}
             num_masked (`int`, *optional*): masked tokens in a row: of the mask, where the caller knows it, or of the
                 one to be drawn, where it is not left to the generator.
-            prompt_embeds (`torch.Tensor` of shape `(batch, length, text_dim)`, *optional*): the text encoder's states,
-                for models with a `text_dim`; None means the null text.
-            prompt_attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): True or 1 for tokens, False
-                or 0 for padding; a row without tokens is the null text. None: all are tokens.
-            text_context ([`TextContext`], *optional*): in place of the two: keeps what is computed from the texts.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for what is drawn: one, or one per
-                image; None means torch's global one.
             positions (`torch.Tensor` of shape `(batch, count)`, *optional*): int64, where a condition is wanted; not
                 with a scheduler, since the loss needs all. None: everywhere.
-            return_dict (`bool`, *optional*): False gives a tuple.
+            {prompt_embeds, prompt_attention_mask, text_context, return_dict}
 
         Returns:
             [`BackboneOutput`]: `loss` (with a scheduler), `condition`, `encoder_last_hidden_state`.
 
         Raises:
-            ValueError: if a shape or the number of generators does not fit, in eval mode without a mask, with both
-                `positions` and a scheduler, or with a list of generators and neither `mask` nor `num_masked`: the
-                batch has one number of masked tokens.
+            ValueError: if a shape, a label or the number of generators does not fit, in eval mode without a mask,
+                with both `positions` and a scheduler, or with a list of generators and neither `mask` nor
+                `num_masked`: the batch has one number of masked tokens.
         """
         if positions is not None and noise_scheduler is not None:
             raise ValueError("`positions` does not go with `noise_scheduler`: the loss needs all conditions.")
@@ -276,27 +250,28 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
                 raise ValueError("`mask` has to be given in eval mode: True for the tokens still to be generated.")
             drawn = self.training_inputs(len(tokens), generator, num_masked=num_masked)
             mask, num_masked = drawn["mask"].to(tokens.device), drawn["num_masked"]
-        output = self.model(
-            self.draw_context(tokens, generator),
-            mask,
-            class_labels,
-            num_masked,
-            prompt_embeds=prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            text_context=text_context,
-            generator=generator,
-            positions=positions,
-        )
+        return_dict = inputs.pop("return_dict", None)
+        seen = self.draw_context(tokens, generator) if self.training else tokens
+        inputs |= {"positions": positions, "generator": generator}
+        output = self.model(seen, mask, class_labels, num_masked, **inputs, return_dict=True)
         if noise_scheduler is not None:
             draws = {"timesteps": timesteps, "noise": noise, "num_masked": num_masked, "generator": generator}
             output = self.with_loss(output, tokens, mask, scheduler=noise_scheduler, **draws)
         return output.to_tuple() if return_dict is False else output
 
+    def make_cache(self, tokens_per_step: list[int], static: bool = False) -> None:
+        """Nothing that `predict` could keep: what a token sees changes with every step.
+
+        Args:
+            tokens_per_step (`list[int]`): tokens of all steps.
+            {static}
+        """
+
     def predict(
         self,
         tokens: torch.Tensor,
         orders: torch.Tensor,
-        tokens_per_step: list[int],
+        tokens_per_step: Sequence[int],
         class_labels: torch.Tensor | None = None,
         past_key_values: None = None,
         text_context: TextContext | None = None,
@@ -304,20 +279,15 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
         """One autoregressive step: conditions of the next tokens.
 
         Args:
-            tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the tokens; only those of earlier steps
-                are read.
-            orders (`torch.Tensor` of shape `(batch, num_tokens)`): int64, positions in the order of generation.
-            tokens_per_step (`list[int]`): tokens of the steps so far, this one included.
-            class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None means the null class.
-            past_key_values (`None`): nothing can be kept: what a token sees changes with every step.
-            text_context ([`TextContext`], *optional*): the texts; the same object in all steps.
+            {tokens, orders, tokens_per_step, class_labels}
+            past_key_values (`None`): nothing can be kept.
+            {text_context}
 
         Returns:
             `torch.Tensor` of shape `(batch, tokens_per_step[-1], hidden_size)`: in the order of generation.
         """
-        done = sum(tokens_per_step[:-1])
-        num_masked, count = self.config.num_tokens - done, tokens_per_step[-1]
+        done, count = sum(tokens_per_step[:-1]), tokens_per_step[-1]
         mask = torch.ones(orders.shape, dtype=torch.bool, device=orders.device).scatter(1, orders[:, :done], False)
-        positions = orders[:, done : done + count]
-        inputs = {"num_masked": num_masked, "text_context": text_context, "positions": positions}
+        inputs = {} if text_context is None else {"text_context": text_context}
+        inputs |= {"num_masked": orders.shape[1] - done, "positions": orders[:, done : done + count]}
         return self(tokens, mask, class_labels, **inputs).condition

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pipelines."""
 
-from .pipeline_mar import GENERATION_DEFAULTS, MARPipeline
+from ..generation import GENERATION_DEFAULTS
+from .pipeline_mar import MARPipeline
 
 
 __all__ = ["GENERATION_DEFAULTS", "MARPipeline"]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from transformers import Cache
 
+from ..generation import GenerationPlan
 from ..models import ARForImageGeneration, MARForImageGeneration, TextContext
 
 
@@ -14,11 +15,10 @@ class GuidedBackbone:
 
     Args:
         transformer ([`MARForImageGeneration`] or [`ARForImageGeneration`]): the backbone.
-        tokens_per_step (`list[int]`): tokens of all steps.
-        orders (`torch.Tensor` of shape `(batch, num_tokens)`): int64, positions in the order of generation.
+        plan ([`GenerationPlan`]): tokens of all steps, and their order.
         labels (`torch.Tensor` of shape `(batch,)`, *optional*): int64; None: no class.
-        make_text_context (`Callable`): gives the texts of one branch (False) or of both (True) as a [`TextContext`],
-            None for models without.
+        make_text_context (`Callable`, *optional*): gives the texts of one branch (False) or of both (True) as a
+            [`TextContext`]; None for models without.
         refresh (`int`, *optional*, defaults to 1): guided steps for which one unconditional pass serves: what it
             changes in the conditions, at each position, is taken over from the first of them (the condition cache of
             LazyMAR, arXiv:2503.12450).
@@ -27,20 +27,19 @@ class GuidedBackbone:
     def __init__(
         self,
         transformer: MARForImageGeneration | ARForImageGeneration,
-        tokens_per_step: list[int],
-        orders: torch.Tensor,
+        plan: GenerationPlan,
         labels: torch.Tensor | None,
-        make_text_context: Callable[[bool], TextContext | None],
+        make_text_context: Callable[[bool], TextContext] | None = None,
         refresh: int = 1,
     ):
         self.transformer = transformer
-        self.tokens_per_step = tokens_per_step
-        self.orders = orders
+        self.tokens_per_step = [step.count for step in plan.steps]
+        self.orders = plan.orders
         self.labels = labels
         self.make_text_context = make_text_context
         self.refresh = refresh
         # By the number of branches, since a cache is of one or of both.
-        self._text_contexts: dict[bool, TextContext | None] = {}
+        self._text_contexts: dict[bool, TextContext] = {}
         self._caches: dict[bool, Cache | None] = {}
         # Unconditional minus conditional, for the tokens of the next steps: (B, K, D)
         self._changes: torch.Tensor | None = None
@@ -79,7 +78,7 @@ class GuidedBackbone:
         if both not in self._caches:
             # Made anew, it takes in all steps before; the other one lacks this step from here on.
             self._caches = {both: self.transformer.make_cache(self.tokens_per_step)}
-        if both not in self._text_contexts:
+        if both not in self._text_contexts and self.make_text_context is not None:
             self._text_contexts[both] = self.make_text_context(both)
         orders, labels = self.orders, self.labels
         if both:
@@ -89,4 +88,6 @@ class GuidedBackbone:
         # A wrapper of torch.compile passes methods on to the module inside, which would run as it is.
         predict = type(getattr(self.transformer, "_orig_mod", self.transformer)).predict
         counts = [*self.tokens_per_step[:step], count]
-        return predict(self.transformer, tokens, orders, counts, labels, self._caches[both], self._text_contexts[both])
+        return predict(
+            self.transformer, tokens, orders, counts, labels, self._caches[both], self._text_contexts.get(both)
+        )

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pipeline: which tokens next, until the picture is whole."""
 
-import math
-from collections.abc import Callable
-from functools import partial
-from numbers import Integral, Real
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Integral
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -14,17 +16,10 @@ from diffusers.utils import logging, replace_example_docstring
 from huggingface_hub import create_repo, file_exists
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..generation import (
-    GENERATION_ORDERS,
-    GUIDANCE_SCHEDULES,
-    HEAD_STEP_SCHEDULES,
-    TOKEN_SCHEDULES,
-    guidance_within,
-    look_up,
-)
+from ..generation import GenerationPlan, GenerationSettings, build_settings, check_orders, plan_generation, plan_steps
 from ..hub import build_model_card
 from ..models import ARForImageGeneration, MARForImageGeneration, add_context_noise, check_text_encoder
-from ..onednn import onednn_linears
+from ..onednn import by_onednn
 from ..tokenizers import ImageTokenizer
 from .compilation import compile_transformer
 from .guided_backbone import GuidedBackbone
@@ -33,24 +28,9 @@ from .prompts import PromptMixin
 
 logger = logging.get_logger(__name__)
 
-# The paper's sampling (arXiv:2406.11838, appendix B), with the 64 steps of the released code's example.
-GENERATION_DEFAULTS: dict[str, Any] = {
-    "num_inference_steps": 64,
-    "guidance_scale": 3.0,
-    "num_diffusion_steps": 100,
-    "guidance_schedule": "linear",
-    "token_schedule": "cosine",
-    "head_step_schedule": "constant",
-    "temperature": 1.0,
-    "generation_order": "random",
-    "context_noise": 0.0,
-    "head_kwargs": None,
-    "guidance_interval": (0.0, 1.0),
-    "guidance_refresh": 1,
-}
-
 # Tokens have unit variance; beyond this they are not tokens any more but a sampler that ran away.
 EXPLODED = 20.0
+MOST_PICTURES = 10_000  # of one call: more are asked for by mistake
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -62,6 +42,50 @@ EXAMPLE_DOC_STRING = """
         >>> images = pipe(class_labels=["heart", "clock"], generator=torch.Generator().manual_seed(0)).images
         ```
 """
+
+
+@dataclass
+class PipelineCall:
+    """What a running call lets its callbacks see and change, through the pipeline's properties.
+
+    Args:
+        guidance_scale (`float`, *optional*, defaults to 1.0): counts from the next step on.
+        is_conditional (`bool`, *optional*, defaults to `False`): whether there is a class or text to guide to.
+        num_timesteps (`int`, *optional*, defaults to 0): autoregressive steps.
+        interrupt (`bool`, *optional*, defaults to `False`): no further steps.
+    """
+
+    guidance_scale: float = 1.0
+    is_conditional: bool = False
+    num_timesteps: int = 0
+    interrupt: bool = False
+
+
+def check_names(id2label: Any) -> dict[int, str]:
+    """Refuse what are no names of classes.
+
+    Args:
+        id2label (`Any`): as [`MARPipeline`] takes it; JSON turns its numbers into strings.
+
+    Returns:
+        `dict[int, str]`: names by number.
+
+    Raises:
+        ValueError: if a key is no whole number, or a name no text.
+    """
+    if not isinstance(id2label, Mapping):
+        raise ValueError(f"`id2label` has to be a dict of names by class number, got {id2label!r}.")
+    names = {}
+    for key, name in id2label.items():
+        is_number = isinstance(key, Integral) and not isinstance(key, bool)
+        if not is_number and not (isinstance(key, str) and key.lstrip("-").isdecimal()):
+            raise ValueError(f"`id2label` has to have whole numbers as keys, got {key!r}.")
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"`id2label` has to name class {key} by a text, got {name!r}.")
+        if int(key) in names:
+            raise ValueError(f"`id2label` names class {key} twice: {names[int(key)]!r} and {name!r}.")
+        names[int(key)] = name
+    return names
 
 
 class MARPipeline(PromptMixin, DiffusionPipeline):
@@ -104,11 +128,13 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         self.register_modules(
             transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        # JSON turns the numbers into strings.
-        id2label = None if id2label is None else {int(number): name for number, name in id2label.items()}
+        id2label = None if id2label is None else check_names(id2label)
         self.register_to_config(id2label=id2label, generation_defaults=generation_defaults)
-        for name in generation_defaults or {}:
-            look_up(GENERATION_DEFAULTS, name, "generation_defaults")
+        if vae is not None and not isinstance(vae, ImageTokenizer):
+            raise ValueError(
+                f"`vae` has to be an ImageTokenizer, got {type(vae).__name__}: wrap it with "
+                "`ImageTokenizer.from_autoencoder`."
+            )
         if transformer is not None and vae is not None and transformer.config.token_dim != vae.token_dim:
             raise ValueError(
                 f"`vae` makes tokens of {vae.token_dim} numbers, but `transformer` takes "
@@ -121,74 +147,122 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         if transformer is not None and text_encoder is not None:
             check_text_encoder(text_encoder, transformer.config.text_dim)
         self.image_processor = VaeImageProcessor(do_resize=False)
+        self._settings: tuple[tuple[Any, Any], GenerationSettings] | None = None
+        # The calls that run, by thread: a callback may call the pipeline again. Then the last one that has ended, and
+        # what was in training mode before the first.
+        self._calls: dict[int, list[PipelineCall]] = {}
+        self._last_call = PipelineCall()
+        self._in_training: list[torch.nn.Module] = []
+        self.generation_settings  # noqa: B018 (wrong defaults are found now)
 
     @property
     def labels(self) -> dict[str, int]:
-        """Number of each class, by name; a class with several names appears under each and under all together."""
-        numbers = {}
-        for number, names in (self.config.id2label or {}).items():
-            for name in (names, *names.split(", ")):
+        """Number of each class, by name; a class with several names appears under each and under all together.
+
+        Where a name is that of one class and one of several of another, it means the former.
+        """
+        numbers, id2label = {}, self.config.id2label or {}
+        for number, names in id2label.items():
+            numbers.setdefault(names, int(number))
+        for number, names in id2label.items():
+            for name in names.split(", "):
                 numbers.setdefault(name, int(number))
         return numbers
 
     @property
-    def generation_defaults(self) -> dict[str, Any]:
+    def generation_settings(self) -> GenerationSettings:
         """What `__call__` uses where an argument is None: saved with the pipeline, or following from its model.
 
-        Without either it is `GENERATION_DEFAULTS` with at most one step per token. Where the head can't use the saved
-        temperature with the scheduler that is set, as with most of diffusers', the default is 1.0.
+        Without either these are the paper's with at most one step per token. Where the head can't use the saved
+        temperature with the scheduler that is set, as with most of diffusers', it is 1.0.
         """
-        steps = min(GENERATION_DEFAULTS["num_inference_steps"], self.transformer.config.num_tokens)
-        defaults = {**GENERATION_DEFAULTS, "num_inference_steps": steps, **self.transformer.sampling_defaults}
-        defaults |= self.config.generation_defaults or {}
-        try:
-            self.transformer.head.check_scheduler(self.scheduler, defaults["temperature"])
-        except ValueError:
-            defaults["temperature"] = 1.0
-        return defaults
+        transformer, saved = self.transformer, self.config.generation_defaults
+        source = (transformer, copy.copy(saved))
+        if self._settings is None or self._settings[0] != source:
+            follows = {}
+            if transformer is not None:
+                steps = min(GenerationSettings.num_inference_steps, transformer.config.num_tokens)
+                follows = {"num_inference_steps": steps, **transformer.sampling_defaults}
+            self._settings = (source, build_settings(follows, saved))
+        settings = self._settings[1]
+        if transformer is not None and self.scheduler is not None:
+            try:
+                transformer.head.check_scheduler(self.scheduler, settings.temperature)
+            except ValueError:
+                settings = settings.override(temperature=1.0)
+        return settings
+
+    @property
+    def generation_defaults(self) -> dict[str, Any]:
+        """`generation_settings` by name."""
+        return self.generation_settings.to_dict()
+
+    @property
+    def _call(self) -> PipelineCall:
+        """The innermost running call of this thread, else the last one that ended."""
+        running = self._calls.get(get_ident())
+        return running[-1] if running else self._last_call
 
     @property
     def guidance_scale(self) -> float:
         """The guidance scale of the running call; callbacks may change `_guidance_scale`."""
-        return self._guidance_scale
+        return self._call.guidance_scale
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self._call.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, value: float) -> None:
+        self._call.guidance_scale = value
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the running call is guided, in the steps of its interval."""
-        return self._conditional and self._guidance_scale != 1.0
+        return self._call.is_conditional and self._call.guidance_scale != 1.0
 
     @property
     def num_timesteps(self) -> int:
         """Autoregressive steps of the last call: as many as calls of the callback."""
-        return self._num_timesteps
+        return self._call.num_timesteps
 
     @property
     def interrupt(self) -> bool:
         """Whether the running call was asked to stop: set `_interrupt` in a callback."""
-        return self._interrupt
+        return self._call.interrupt
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._call.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self._call.interrupt = value
 
     def check_inputs(
         self,
-        settings: dict[str, Any],
-        class_labels: Any,
-        num_images_per_prompt: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        noise: torch.Tensor | None,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
+        settings: GenerationSettings,
+        class_labels: Any = None,
         num_prompts: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: torch.Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = (),
     ) -> list[int | None]:
-        """Check everything that a caller can get wrong, before any work is done.
+        """Check everything that a caller can get wrong and that the settings alone do not show, before any work.
 
         Args:
-            settings (`dict[str, Any]`): the arguments that have defaults in the checkpoint.
-            class_labels (`Any`): as `__call__` takes them.
-            num_images_per_prompt (`int`): pictures for each label.
+            settings ([`GenerationSettings`]): of the call, checked by themselves.
+            class_labels (`Any`, *optional*): as `__call__` takes them.
+            num_prompts (`int`, *optional*): number of texts; None: there are none.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): pictures for each label or text.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): as `__call__` takes it.
             noise (`torch.Tensor`, *optional*): as `__call__` takes it.
-            output_type (`str`): pil, np, pt or latent.
-            callback_on_step_end_tensor_inputs (`list[str]`): names for the callback.
-            num_prompts (`int`, *optional*): number of texts; None: there are none.
+            output_type (`str`, *optional*, defaults to `"pil"`): pil, np, pt or latent.
+            callback_on_step_end (`Callable`, *optional*): as `__call__` takes it.
+            callback_on_step_end_tensor_inputs (`Sequence[str]`, *optional*, defaults to `()`): names for the callback.
 
         Returns:
             `list[int | None]`: the class number of each picture, None where there is no class.
@@ -196,158 +270,68 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         Raises:
             ValueError: with the argument, its value and what is allowed.
         """
+        labels = self._class_numbers(class_labels, num_prompts, num_images_per_prompt)
         config = self.transformer.config
-        if num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` has to be at least 1, got {num_images_per_prompt}.")
-        labels = [None] * (num_prompts or 1) if class_labels is None else self._label_numbers(class_labels)
+        if settings.guidance_refresh > 1 and self.transformer.make_cache([1]) is not None:
+            raise ValueError(
+                f"`guidance_refresh` has to be 1 for a causal model, got {settings.guidance_refresh}: its cache needs "
+                "every step."
+            )
+        self.transformer.head.check_scheduler(self.scheduler, settings.temperature, **settings.head_kwargs or {})
+        if not isinstance(settings.generation_order, str):
+            check_orders(settings.generation_order, len(labels), config.grid_height * config.grid_width)
+        sources = generator if isinstance(generator, list) else [generator] * len(labels)
+        if generator is not None and not all(isinstance(source, torch.Generator) for source in sources):
+            raise ValueError(f"`generator` has to be a torch.Generator or a list of them, got {generator!r}.")
+        if len(sources) != len(labels):
+            raise ValueError(f"`generator` has to hold one generator per picture ({len(labels)}), got {len(sources)}.")
+        entries = settings.num_diffusion_steps + 1
+        shape = (len(labels), config.grid_height * config.grid_width, entries, config.token_dim)
+        if noise is not None and (not isinstance(noise, torch.Tensor) or noise.shape != shape):
+            got = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
+            raise ValueError(f"`noise` has to be a tensor of shape {shape}, got {got}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` has to be pil, np, pt or latent, got {output_type!r}.")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` has to be a function, got {callback_on_step_end!r}.")
+        known, names = self._callback_tensor_inputs, callback_on_step_end_tensor_inputs
+        if not isinstance(names, (list, tuple)) or not all(name in known for name in names):
+            wrong = [name for name in names if name not in known] if isinstance(names, (list, tuple)) else names
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be in {known}, got {wrong!r}.")
+        return labels
+
+    def _class_numbers(
+        self, class_labels: Any, num_prompts: int | None, num_images_per_prompt: int
+    ) -> list[int | None]:
+        """The class of each picture, None where it has none."""
+        count, limit, names = num_images_per_prompt, self.transformer.config.num_classes, self.labels
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+            raise ValueError(f"`num_images_per_prompt` has to be an integer of at least 1, got {count!r}.")
+        labels = [None] * (num_prompts or 1) if class_labels is None else _flatten(class_labels)
         if not labels:
             raise ValueError("`class_labels` is empty; None means no class.")
+        if class_labels is not None and limit == 0:
+            raise ValueError(f"`class_labels` has to be None for a model that knows no classes, got {labels[0]!r}.")
+        for place, label in enumerate(labels if class_labels is not None else ()):
+            if isinstance(label, str):
+                if label not in names:
+                    shown = sorted(names)[:40] or "none: this checkpoint has no class names"
+                    raise ValueError(f"`class_labels` has the unknown name {label!r}; known names: {shown}.")
+                labels[place] = names[label]
+            elif isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < limit:
+                raise ValueError(f"`class_labels` has to lie in 0..{limit - 1} or be class names, got {label!r}.")
         if len(labels) == 1 and num_prompts is not None:
             labels *= num_prompts
         if num_prompts not in (None, len(labels)):
             raise ValueError(
                 f"`class_labels` has to hold one class for each of {num_prompts} texts, got {len(labels)}."
             )
-        labels = [label for label in labels for _ in range(num_images_per_prompt)]
-        steps = settings["num_inference_steps"]
-        if not isinstance(steps, Integral) or not 1 <= steps <= config.num_tokens:
-            raise ValueError(f"`num_inference_steps` has to lie in 1..{config.num_tokens} (the tokens), got {steps}.")
-        head_steps = settings["num_diffusion_steps"]
-        if not isinstance(head_steps, Integral) or not 1 <= head_steps <= self.scheduler.config.num_train_timesteps:
-            limit = self.scheduler.config.num_train_timesteps
-            raise ValueError(f"`num_diffusion_steps` has to lie in 1..{limit}, got {head_steps}.")
-        for name in ("guidance_scale", "temperature"):
-            if not isinstance(settings[name], Real) or not math.isfinite(settings[name]):
-                raise ValueError(f"`{name}` has to be a finite number, got {settings[name]!r}.")
-        if settings["temperature"] < 0:
-            raise ValueError(f"`temperature` has to be at least 0, got {settings['temperature']}.")
-        schedule = look_up(TOKEN_SCHEDULES, settings["token_schedule"], "token_schedule")
-        self.transformer.check_tokens_per_step(schedule(config.num_tokens, steps))
-        look_up(GUIDANCE_SCHEDULES, settings["guidance_schedule"], "guidance_schedule")
-        look_up(HEAD_STEP_SCHEDULES, settings["head_step_schedule"], "head_step_schedule")
-        self._check_guidance(settings)
-        self._check_order(settings["generation_order"], len(labels))
-        level = settings["context_noise"]
-        if not isinstance(level, Real) or not 0 <= level <= 1:
-            raise ValueError(f"`context_noise` has to lie in [0, 1], got {level!r}.")
-        head_kwargs = {} if settings["head_kwargs"] is None else settings["head_kwargs"]
-        if not isinstance(head_kwargs, dict):
-            raise ValueError(f"`head_kwargs` has to be a dict, got {head_kwargs!r}.")
-        self.transformer.head.check_scheduler(self.scheduler, settings["temperature"], **head_kwargs)
-        sources = generator if isinstance(generator, list) else [generator]
-        if generator is not None and not all(isinstance(source, torch.Generator) for source in sources):
-            raise ValueError(f"`generator` has to be a torch.Generator or a list of them, got {generator!r}.")
-        if isinstance(generator, list) and len(generator) != len(labels):
+        if len(labels) * count > MOST_PICTURES:
             raise ValueError(
-                f"`generator` has to hold one generator per picture ({len(labels)}), got {len(generator)}."
+                f"`num_images_per_prompt` {count} makes {len(labels) * count} pictures in one call; at most "
+                f"{MOST_PICTURES} are possible."
             )
-        shape = (len(labels), config.num_tokens, head_steps + 1, config.token_dim)
-        if noise is not None and (not isinstance(noise, torch.Tensor) or noise.shape != shape):
-            got = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
-            raise ValueError(f"`noise` has to be a tensor of shape {shape}, got {got}.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` has to be pil, np, pt or latent, got {output_type!r}.")
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, got "
-                f"{sorted(unknown)}."
-            )
-        return labels
-
-    def _label_numbers(self, class_labels: Any) -> list[int]:
-        if hasattr(class_labels, "tolist"):  # tensors, and what numpy has
-            class_labels = class_labels.tolist()
-        if not isinstance(class_labels, (list, tuple, range)):
-            return [self._label_number(class_labels)]
-        # Labels batched as [[1], [1]], as diffusers' own tests write them, are flattened.
-        return [number for label in class_labels for number in self._label_numbers(label)]
-
-    def _label_number(self, label: int | str) -> int:
-        limit = self.transformer.config.num_classes
-        if limit == 0:
-            raise ValueError(f"`class_labels` has to be None for a model that knows no classes, got {label!r}.")
-        if isinstance(label, str):
-            if label not in self.labels:
-                shown = sorted(self.labels)[:40] or "none: this checkpoint has no class names"
-                raise ValueError(f"`class_labels` has the unknown name {label!r}; known names: {shown}.")
-            return self.labels[label]
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < limit:
-            raise ValueError(f"`class_labels` has to lie in 0..{limit - 1} or be class names, got {label!r}.")
-        return label
-
-    def _check_guidance(self, settings: dict[str, Any]) -> None:
-        interval, refresh = settings["guidance_interval"], settings["guidance_refresh"]
-        numbers = isinstance(interval, (list, tuple)) and all(isinstance(end, Real) for end in interval)
-        if not numbers or len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-            raise ValueError(
-                f"`guidance_interval` has to be two numbers, 0 <= start < end <= 1, got {interval!r}; "
-                "`guidance_scale=1.0` is no guidance."
-            )
-        if not isinstance(refresh, Integral) or refresh < 1:
-            raise ValueError(f"`guidance_refresh` has to be an integer from 1 on, got {refresh!r}.")
-        if refresh > 1 and self.transformer.make_cache([1]) is not None:
-            raise ValueError(
-                f"`guidance_refresh` has to be 1 for a causal model, got {refresh}: its cache needs every step."
-            )
-
-    def _check_order(self, order: str | torch.Tensor, batch_size: int) -> None:
-        if isinstance(order, str):
-            look_up(GENERATION_ORDERS, order, "generation_order")
-            return
-        num_tokens = self.transformer.config.num_tokens
-        if not isinstance(order, torch.Tensor) or order.shape != (batch_size, num_tokens):
-            shape = tuple(getattr(order, "shape", ())) or order
-            raise ValueError(
-                f"`generation_order` has to be one of {sorted(GENERATION_ORDERS)} or a tensor of shape "
-                f"{(batch_size, num_tokens)}, got {shape!r}."
-            )
-        for number, row in enumerate(order.tolist()):
-            if sorted(row) != list(range(num_tokens)):
-                raise ValueError(
-                    f"`generation_order` has to hold each position 0..{num_tokens - 1} once in every row, but row "
-                    f"{number} does not."
-                )
-
-    def prepare_randomness(
-        self,
-        batch_size: int,
-        generation_order: str | torch.Tensor,
-        num_diffusion_steps: int,
-        generator: torch.Generator | list[torch.Generator],
-        noise: torch.Tensor | None,
-        context_noise: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """All randomness of a call: each picture draws its order, then its noise, from its own generator.
-
-        Args:
-            batch_size (`int`): pictures.
-            generation_order (`str` or `torch.Tensor`): a name in `GENERATION_ORDERS`, or the orders themselves.
-            num_diffusion_steps (`int`): most head steps in any autoregressive step.
-            generator (`torch.Generator` or `list[torch.Generator]`): one for all pictures, which draw from it one
-                after the other, or one each.
-            noise (`torch.Tensor`, *optional*): the noise itself.
-            context_noise (`float`, *optional*, defaults to 0.0): level of the noise in the context; drawn last, and
-                only above 0.
-
-        Returns:
-            three `torch.Tensor` on the CPU: orders of shape `(batch_size, num_tokens)`, int64, noise of shape
-            `(batch_size, num_tokens, num_diffusion_steps + 1, token_dim)`, float32, and that of the context of shape
-            `(batch_size, num_tokens, token_dim)`, or None.
-        """
-        config = self.transformer.config
-        generators = generator if isinstance(generator, list) else [generator] * batch_size
-        shape = (config.num_tokens, num_diffusion_steps + 1, config.token_dim)
-        orders, noises, contexts = [], [], []
-        for source in generators:
-            if isinstance(generation_order, str):
-                order = GENERATION_ORDERS[generation_order]
-                orders.append(order(config.grid_height, config.grid_width, generator=source))
-            if noise is None:
-                noises.append(torch.randn(shape, generator=source, device=source.device).cpu())
-            if context_noise > 0:
-                contexts.append(torch.randn(shape[::2], generator=source, device=source.device).cpu())
-        orders = torch.stack(orders) if orders else generation_order.long()
-        return orders, torch.stack(noises) if noises else noise, torch.stack(contexts) if contexts else None
+        return [label for label in labels for _ in range(count)]
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -441,136 +425,172 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         Raises:
             ValueError: if an argument is out of range or of the wrong shape.
         """
-        # 1. Check inputs
-        given = {
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "num_diffusion_steps": num_diffusion_steps,
-            "guidance_schedule": guidance_schedule,
-            "token_schedule": token_schedule,
-            "head_step_schedule": head_step_schedule,
-            "temperature": temperature,
-            "generation_order": generation_order,
-            "context_noise": context_noise,
-            "head_kwargs": head_kwargs,
-            "guidance_interval": guidance_interval,
-            "guidance_refresh": guidance_refresh,
+        # 1. What is asked for
+        config, train_steps = self.transformer.config, self.scheduler.config.num_train_timesteps
+        num_tokens = config.grid_height * config.grid_width
+        settings = self.generation_settings.override(
+            limits={"num_inference_steps": num_tokens, "num_diffusion_steps": train_steps},
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_diffusion_steps=num_diffusion_steps,
+            guidance_schedule=guidance_schedule,
+            token_schedule=token_schedule,
+            head_step_schedule=head_step_schedule,
+            temperature=temperature,
+            generation_order=generation_order,
+            context_noise=context_noise,
+            head_kwargs=head_kwargs,
+            guidance_interval=guidance_interval,
+            guidance_refresh=guidance_refresh,
+        )
+        texts = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "prompt_embeds": prompt_embeds,
+            "prompt_attention_mask": prompt_attention_mask,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
         }
-        defaults = self.generation_defaults
-        settings = {name: defaults[name] if value is None else value for name, value in given.items()}
-        num_prompts = self._count_prompts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
-        labels = self.check_inputs(
-            settings,
-            class_labels,
-            num_images_per_prompt,
-            generator,
-            noise,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-            num_prompts,
-        )
-        self._guidance_scale = settings["guidance_scale"]
-        self._conditional = labels[0] is not None or num_prompts is not None
-        self._interrupt = False
+        has_texts = any(value is not None for value in texts.values())
+        num_prompts = self._count_prompts(**texts) if has_texts else None
+        callback, names = callback_on_step_end, callback_on_step_end_tensor_inputs
+        asked = (class_labels, num_prompts, num_images_per_prompt, generator, noise, output_type)
+        labels = self.check_inputs(settings, *asked, callback, names)
+        device, batch_size = self._execution_device, len(labels)
+        is_conditional = labels[0] is not None or num_prompts is not None
+        steps = plan_steps(settings, num_tokens, is_conditional, getattr(config, "max_tokens_per_step", None))
 
-        # 2. Schedules: one entry per autoregressive step
-        config, device, batch_size = self.transformer.config, self._execution_device, len(labels)
-        steps = settings["num_inference_steps"]
-        tokens_per_step = TOKEN_SCHEDULES[settings["token_schedule"]](config.num_tokens, steps)
-        head_steps = HEAD_STEP_SCHEDULES[settings["head_step_schedule"]](settings["num_diffusion_steps"], steps)
-        guidance = GUIDANCE_SCHEDULES[settings["guidance_schedule"]]
-        self._num_timesteps = steps
+        call = PipelineCall(settings.guidance_scale, is_conditional, len(steps))
+        with self._running(call):
+            # 2. The plan
+            make_text_context = None
+            if config.text_dim is not None or has_texts:
+                repeats = None if num_prompts is None else num_images_per_prompt
+                make_text_context = self._read_texts(texts, batch_size, repeats, max_sequence_length)
+            if generator is None:
+                # Also for schedulers that draw noise of their own: they would turn to torch's global state.
+                generator = torch.Generator()
+                generator.seed()
+            sources = generator if isinstance(generator, list) else [generator] * batch_size
+            plan = plan_generation(settings, config, steps, sources, noise, device)
 
-        # 3. Texts, labels, orders and noise
-        texts = None
-        if config.text_dim is not None or num_prompts is not None:
-            texts = self.encode_prompt(
-                [""] * batch_size if num_prompts is None else prompt,
-                1 if num_prompts is None else num_images_per_prompt,
-                # Also without guidance: callbacks may turn it on.
-                negative_prompt=negative_prompt,
-                prompt_embeds=prompt_embeds,
-                prompt_attention_mask=prompt_attention_mask,
-                negative_prompt_embeds=negative_prompt_embeds,
-                negative_prompt_attention_mask=negative_prompt_attention_mask,
-                max_sequence_length=max_sequence_length,
-            )
-        if generator is None:
-            # Also for schedulers that draw noise of their own: they would turn to torch's global state.
-            generator = torch.Generator()
-            generator.seed()
-        labels = None if labels[0] is None else torch.tensor(labels, device=device)
-        level = settings["context_noise"]
-        orders, noise, context = self.prepare_randomness(
-            batch_size, settings["generation_order"], settings["num_diffusion_steps"], generator, noise, level
-        )
-        orders, noise = orders.to(device), noise.to(device)
-        context = None if context is None else context.to(device)
-        tokens = torch.zeros(batch_size, config.num_tokens, config.token_dim, device=device)
-        mask = torch.ones(batch_size, config.num_tokens, dtype=torch.bool, device=device)
+            # 3. Autoregressive loop, 4. decode
+            numbers = None if labels[0] is None else torch.tensor(labels, device=device)
+            tokens = self._walk(plan, settings, call, numbers, make_text_context, generator, callback, names)
+            images = self._decode(tokens, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-        # 4. Autoregressive loop
-        backbone = GuidedBackbone(
-            self.transformer,
-            tokens_per_step,
-            orders,
-            labels,
-            partial(self._make_text_context, texts),
-            settings["guidance_refresh"],
-        )
-        done = 0
-        with onednn_linears(self.transformer), self.progress_bar(total=steps) as progress_bar:
-            for step, count in enumerate(tokens_per_step):
-                if self.interrupt:
+    def _walk(
+        self,
+        plan: GenerationPlan,
+        settings: GenerationSettings,
+        call: PipelineCall,
+        labels: torch.Tensor | None,
+        make_text_context: Callable | None,
+        generator: torch.Generator | list[torch.Generator],
+        callback: Callable | None,
+        callback_inputs: Sequence[str],
+    ) -> torch.Tensor:
+        """Generate the plan's tokens, step after step: (B, L, C)."""
+        # The same model, sooner on many CPUs.
+        transformer = by_onednn(self.transformer) if torch.backends.mkldnn.enabled else self.transformer
+        backbone = GuidedBackbone(transformer, plan, labels, make_text_context, settings.guidance_refresh)
+        scheduler = copy.deepcopy(self.scheduler)  # it counts steps, and other calls may run
+        steps, tokens, mask = plan.steps, plan.tokens, plan.mask
+        with self.progress_bar(total=len(steps)) as progress_bar:
+            for number in range(len(steps)):
+                if call.interrupt:
                     break
-                positions = orders[:, done : done + count]
-                # In every step, because callbacks may change the scale.
-                scales = guidance_within(guidance(self.guidance_scale, tokens_per_step), settings["guidance_interval"])
-                scale = scales[step] if self._conditional else 1.0
-                seen = tokens if context is None else add_context_noise(tokens, context, level)
-                condition, negative = backbone.predict(seen, step, scale != 1.0)
-                sampled = self.transformer.head.sample(
+                step = steps[number]
+                positions = plan.orders[:, step.start : step.start + step.count]
+                seen = tokens
+                if plan.context_noise is not None:
+                    seen = add_context_noise(tokens, plan.context_noise, settings.context_noise)
+                condition, negative = backbone.predict(seen, number, step.guidance_scale != 1.0)
+                sampled = transformer.head.draw(
                     condition=condition,
                     negative_condition=negative,
-                    guidance_scale=scale,
-                    scheduler=self.scheduler,
-                    num_steps=head_steps[step],
-                    temperature=settings["temperature"],
-                    noise=noise.gather(1, positions[..., None, None].expand(-1, -1, *noise.shape[2:])),
+                    guidance_scale=step.guidance_scale,
+                    scheduler=scheduler,
+                    num_steps=step.num_diffusion_steps,
+                    temperature=settings.temperature,
+                    noise=plan.noise.gather(1, positions[..., None, None].expand(-1, -1, *plan.noise.shape[2:])),
                     generator=generator,
-                    **settings["head_kwargs"] or {},
+                    **settings.head_kwargs or {},
                 )
                 tokens = tokens.scatter(1, positions[..., None].expand_as(sampled), sampled)
                 mask = mask.scatter(1, positions, False)
-                done += count
-                if callback_on_step_end is not None:
-                    before = tokens.clone()
-                    latents = self.vae.unpatchify(tokens, config.grid_height)
-                    available = {"latents": latents, "mask": mask}
-                    kwargs = {name: available[name] for name in callback_on_step_end_tensor_inputs}
-                    returned = callback_on_step_end(self, step, done, kwargs) or {}
-                    if "latents" in returned:
-                        tokens = self.vae.patchify(returned["latents"]).to(tokens)
-                        if not torch.equal(tokens, before):
-                            backbone.forget()
+                if callback is not None:
+                    replaced = self._call_back(
+                        callback, number, step.start + step.count, tokens, mask, callback_inputs
+                    )
+                    if replaced is not None:
+                        tokens = replaced
+                        backbone.forget()
+                    if call.guidance_scale != settings.guidance_scale:
+                        settings = settings.override(guidance_scale=call.guidance_scale)
+                        steps = plan_steps(settings, tokens.shape[1], call.is_conditional)
                 progress_bar.update()
+        return tokens
 
-        # 5. Decode
+    def _call_back(
+        self, callback: Callable, step: int, done: int, tokens: torch.Tensor, mask: torch.Tensor, names: Sequence[str]
+    ) -> torch.Tensor | None:
+        """Tell a callback of a step: the tokens (B, L, C) that it puts in place of these, None where it does not."""
+        latents = self.vae.unpatchify(tokens, self.transformer.config.grid_height)
+        available, shape = {"latents": latents.clone(), "mask": mask}, latents.shape
+        returned = callback(self, step, done, {name: available[name] for name in names})
+        if not isinstance(returned, dict | None):
+            raise ValueError(f"`callback_on_step_end` has to return a dict or None, got {returned!r}.")
+        given = (returned or {}).get("latents")
+        if given is None:
+            return None
+        if not isinstance(given, torch.Tensor) or given.shape != shape:
+            got = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+            raise ValueError(f"`latents` of `callback_on_step_end` has to be of shape {tuple(shape)}, got {got}.")
+        replaced = self.vae.patchify(given).to(tokens)
+        return None if torch.equal(replaced, tokens) else replaced
+
+    def _decode(self, tokens: torch.Tensor, output_type: str) -> Any:
+        """Tokens (B, L, C) to what is asked for."""
         largest = tokens.abs().max().item()
         if not largest <= EXPLODED:
             logger.warning(
                 f"The head's sampler ran away: tokens reach {largest:.3g} where about 4 is usual. If the model is "
-                "young or in half precision, give its scheduler `max_timestep=950`, or use more `num_diffusion_steps`."
+                "young or in half precision, give its scheduler `max_timestep=950`, or use more "
+                "`num_diffusion_steps`; a large `guidance_scale`, or weights that are no numbers, do the same."
             )
-        latents = self.vae.unpatchify(tokens, config.grid_height)
-        image = latents
-        if output_type != "latent":
-            image = self.vae.decode(latents.to(self.vae.dtype)).float()
-            image = self.image_processor.postprocess(image, output_type=output_type)
+        latents = self.vae.unpatchify(tokens, self.transformer.config.grid_height)
+        if output_type == "latent":
+            return latents
+        images = self.vae.decode(latents.to(self.vae.dtype)).float()
+        if largest <= EXPLODED and not images.isfinite().all():
+            logger.warning(
+                f"The image tokenizer's decoder gave numbers that are not finite, in {self.vae.dtype}: its weights "
+                "are not, or it overflows in half precision, in which case `pipe.vae.to(torch.float32)` helps."
+            )
+        return self.image_processor.postprocess(images, output_type=output_type)
 
-        # 6. Offload
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=image) if return_dict else (image,)
+    @contextmanager
+    def _running(self, call: PipelineCall) -> Iterator[None]:
+        """Note a call while it runs, with its models in evaluation mode: sampling has no dropout."""
+        calls = self._calls.setdefault(get_ident(), [])
+        calls.append(call)
+        models = [part for part in (self.transformer, self.vae, self.text_encoder) if part is not None]
+        in_training = [module for model in models for module in model.modules() if module.training]
+        self._in_training += in_training
+        try:
+            for module in in_training:
+                module.training = False
+            yield
+        finally:
+            self._last_call = calls.pop()
+            if not calls:
+                self._calls.pop(get_ident(), None)
+            if not self._calls:
+                while self._in_training:
+                    self._in_training.pop().training = True
 
     def compile(self, **kwargs: Any) -> "MARPipeline":
         """Compile the transformer's blocks and the head's denoising step, for any number of tokens.
@@ -608,3 +628,12 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
                 example["example_prompt"] = "..."
             build_model_card(repo_id, class_names=names, **example).push_to_hub(repo_id, token=token)
         return super().push_to_hub(repo_id, **kwargs)
+
+
+def _flatten(class_labels: Any) -> list[Any]:
+    """Labels in a row: one, several, or batched as [[1], [1]], as diffusers' own tests write them."""
+    if hasattr(class_labels, "tolist"):  # tensors, and what numpy has
+        class_labels = class_labels.tolist()
+    if not isinstance(class_labels, (list, tuple, range)):
+        return [class_labels]
+    return [label for part in class_labels for label in _flatten(part)]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts in a pipeline: from words to what the transformer attends to."""
 
+from collections.abc import Callable
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -98,6 +100,9 @@ class PromptMixin:
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts) or not texts:
             raise ValueError(f"`{name}` has to be a text or a list of texts, got {texts!r}.")
+        for text in texts:
+            if not text.isprintable() and any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
+                raise ValueError(f"`{name}` has to be text that Unicode can write, got {text!r}.")
         if not any(text.strip() for text in texts):
             width = self.transformer.config.text_dim
             return torch.zeros(len(texts), 1, width), torch.zeros(len(texts), 1, dtype=torch.bool)
@@ -126,12 +131,12 @@ class PromptMixin:
                     f"{self.tokenizer.decode(ids[room:])!r}."
                 )
 
-    def _count_prompts(
-        self, prompt: Any, prompt_embeds: Any, negative_prompt: Any, negative_embeds: Any
-    ) -> int | None:
+    def _count_prompts(self, prompt: Any, prompt_embeds: Any, **others: Any) -> int | None:
         """Number of texts; None where there are none."""
         if prompt is None and prompt_embeds is None:
-            if negative_prompt is not None or negative_embeds is not None:
+            for name in (name for name, value in others.items() if value is not None):
+                if name.endswith("attention_mask"):
+                    raise ValueError(f"`{name}` goes with `{name.removesuffix('attention_mask')}embeds`.")
                 raise ValueError("`negative_prompt` needs a `prompt`.")
             return None
         given = prompt_embeds if prompt is None else [prompt] if isinstance(prompt, str) else prompt
@@ -139,10 +144,22 @@ class PromptMixin:
             raise ValueError(f"`prompt` has to be a text or a list of texts, got {given!r}.")
         return len(given)
 
-    def _make_text_context(self, texts: tuple | None, guided: bool) -> TextContext | None:
+    def _read_texts(
+        self,
+        texts: dict[str, Any],
+        batch_size: int,
+        num_images_per_prompt: int | None,
+        max_sequence_length: int | None,
+    ) -> Callable[[bool], TextContext]:
+        """What gives the texts of one branch or of both; of null texts where `num_images_per_prompt` is None."""
+        if num_images_per_prompt is None:
+            texts, num_images_per_prompt = {**texts, "prompt": [""] * batch_size}, 1
+        # For both branches also without guidance: callbacks may turn it on.
+        settings = {"num_images_per_prompt": num_images_per_prompt, "max_sequence_length": max_sequence_length}
+        return partial(self._make_text_context, self.encode_prompt(**texts, **settings))
+
+    def _make_text_context(self, texts: tuple, guided: bool) -> TextContext:
         """The texts of all rows: those of the pictures, then those to be guided away from."""
-        if texts is None:
-            return None
         embeds, mask, negative_embeds, negative_mask = texts
         # Causal models see few tokens a step: there one large product with the weights is quicker.
         form = {"sampling": True, "absorb": self.transformer.make_cache([1]) is None}

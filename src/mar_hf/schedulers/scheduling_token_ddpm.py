@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from diffusers import SchedulerMixin
@@ -142,7 +143,7 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
         return self.config.num_train_timesteps
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Prepare sampling with fewer steps.
+        """Prepare sampling with fewer steps. Nothing is done where that has been done already.
 
         Args:
             num_inference_steps (`int`): steps from noise to a token. Those beyond `max_timestep` merge, so that
@@ -153,8 +154,11 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
             ValueError: if the number of steps is below 1 or above the training chain's length.
         """
         length = self.config.num_train_timesteps
-        if not 1 <= num_inference_steps <= length:
-            raise ValueError(f"`num_inference_steps` has to lie in 1..{length}, got {num_inference_steps}.")
+        whole = isinstance(num_inference_steps, Integral) and not isinstance(num_inference_steps, bool)
+        if not whole or not 1 <= num_inference_steps <= length:
+            raise ValueError(f"`num_inference_steps` has to lie in 1..{length}, got {num_inference_steps!r}.")
+        if num_inference_steps == self.num_inference_steps and self.timesteps.device == torch.device(device or "cpu"):
+            return
         last = self.config.max_timestep if self.config.max_timestep is not None else length - 1
         visited = torch.tensor(respaced_timesteps(length, num_inference_steps, last))
         alphas_cumprod = self.alphas_cumprod[visited]
