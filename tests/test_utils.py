@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from mar_hf.utils import CELL, atomic_file, atomic_folder, draw_grid
+from mar_hf.utils import CELL, atomic_file, atomic_folder, draw_grid, import_extra
 
 
 def names(folder):
@@ -163,3 +165,10 @@ def test_names_are_written_in_full_on_three_lines():
     three = ink("woman cook: medium-dark skin tone, at the door of a kitchen")
     assert 0 < one < two < three < CELL
     assert ink("woman cook " * 20) < CELL, "the rest is left out"
+
+
+def test_an_absent_extra_is_named(monkeypatch):
+    assert import_extra("json", "train").loads("1") == 1
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'`datasets` is needed here: pip install "mar_hf\[train\]"'):
+        import_extra("datasets", "train")
