@@ -106,7 +106,7 @@ def check_channels(channels: int) -> None:
         ValueError: if it is not in `CHANNELS`.
     """
     if channels not in CHANNELS:
-        raise ValueError(f"Pictures are read with 1, 2, 3 or 4 channels, not with {channels!r}.")
+        raise ValueError(f"Pictures are read with 1, 2, 3 or 4 channels, not with {channels!r} (`image_channels`).")
 
 
 def center_crop(picture: Image.Image, size: int, channels: int = 3) -> Image.Image:
