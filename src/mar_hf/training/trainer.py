@@ -391,8 +391,6 @@ class Trainer(BaseTrainer):
             grid (`PIL.Image.Image`): of its samples.
         """
         folder = pathlib.Path(self.args.output_dir)
-        for left_over in folder.glob(".pipeline-*"):  # by a run that was killed while it wrote
-            shutil.rmtree(left_over)
         with atomic_folder(folder / "pipeline", overwrite=True) as target:
             pipe.save_pretrained(target)
             grid.save(pathlib.Path(target, "samples.png"))
