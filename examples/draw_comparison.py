@@ -17,7 +17,7 @@ from mar_hf.evaluation.folders import read_json, write_text
 from mar_hf.evaluation.pictures import save_grid
 from mar_hf.evaluation.plots import draw_bars, draw_points
 from mar_hf.evaluation.tables import markdown_table
-from mar_hf.training import parse_arguments
+from mar_hf.training.programs import run_program
 
 
 # The rows of the tables, with what is said of each.
@@ -133,4 +133,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(Arguments))
+    run_program(main, Arguments)

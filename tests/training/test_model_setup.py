@@ -13,8 +13,10 @@ from mar_hf.training.model_setup import (
     build_generation_defaults,
     build_model,
     build_noise_scheduler,
+    check_model_config,
     count_classes,
     parameter_groups,
+    picture_channels,
     pixel_tokenizer,
 )
 from tiny_pipelines import tiny_pipeline
@@ -52,6 +54,30 @@ def test_pixels_get_zero_mean_and_unit_deviation():
     Pictures.pictures = torch.ones(9, 3, 8, 8)
     with pytest.raises(ValueError, match="a constant one can't be scaled"):
         pixel_tokenizer(Pictures(), 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hiden_size": 3}, r"`model_config` has the unknown settings \['hiden_size'\]; known are \["),
+        ({"hidden_size": "x"}, "`model_config` has a value of a wrong type: .*hidden_size"),
+        ({"preset": "enormous"}, "preset"),
+        ({"model_type": "bert"}, "`model_type` has to be one of"),
+    ],
+)
+def test_what_no_model_can_be_is_refused_before_the_data(settings, message):
+    with pytest.raises(ValueError, match=message):
+        check_model_config(arguments(model_config=json.dumps({**SIZES, **settings})))
+
+
+def test_pictures_have_the_channels_of_the_tokenizer(tmp_path):
+    data = {"train_data_dir": str(tmp_path)}
+    assert picture_channels(arguments(**data)) == 3 and picture_channels(arguments(**data, image_channels=1)) == 1
+    ImageTokenizer(ImageTokenizerConfig(in_channels=4)).save_pretrained(tmp_path / "own")
+    source = {**data, "pretrained_tokenizer": str(tmp_path / "own")}
+    assert picture_channels(arguments(**source)) == picture_channels(arguments(**source, image_channels=4)) == 4
+    with pytest.raises(ValueError, match="`image_channels` 1 has to be that of the image tokenizer: 4"):
+        picture_channels(arguments(**source, image_channels=1))
 
 
 def test_vectors_and_the_head_are_not_decayed():

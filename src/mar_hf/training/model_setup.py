@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model is trained from: its data, its tokenizers, and its weights, new or those of a pipeline."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -8,6 +9,7 @@ import warnings
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..generation import TOKEN_SCHEDULES
@@ -221,6 +223,29 @@ def pixel_tokenizer(dataset: torch.utils.data.Dataset, patch_size: int) -> Image
         scaling_factor=(1 / std).tolist(),
     )
     return ImageTokenizer(config).eval()
+
+
+def check_model_config(args: TrainingArguments) -> None:
+    """Refuse what no model can be, before any data is read; what does not fit the data shows later.
+
+    Args:
+        args (`TrainingArguments`): settings.
+
+    Raises:
+        ValueError: if `model_config` names an unknown backbone, size or setting, or has a value of a wrong type.
+    """
+    settings = json.loads(args.model_config)
+    if args.pretrained_model_name_or_path is not None:
+        return  # read into the configuration of the pipeline at once
+    config_class = look_up(BACKBONES, settings.pop("model_type", MARConfig.model_type), "model_type")[0]
+    preset = settings.pop("preset", "base")
+    known = {field.name for field in dataclasses.fields(config_class)}
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(f"`model_config` has the unknown settings {unknown}; known are {sorted(known)}.")
+    try:
+        config_class.preset(preset, **settings)
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"`model_config` has a value of a wrong type: {error}") from error
 
 
 def build_model(
