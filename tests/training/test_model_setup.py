@@ -61,7 +61,7 @@ def test_pixels_get_zero_mean_and_unit_deviation():
     [
         ({"hiden_size": 3}, r"`model_config` has the unknown settings \['hiden_size'\]; known are \["),
         ({"hidden_size": "x"}, "`model_config` has a value of a wrong type: .*hidden_size"),
-        ({"preset": "enormous"}, "preset"),
+        ({"preset": "enormous"}, "`preset` has to be one of .* got 'enormous'"),
         ({"model_type": "bert"}, "`model_type` has to be one of"),
     ],
 )

@@ -38,10 +38,9 @@ def test_what_is_refused_is_told_in_a_line(tmp_path, kind, capsys):
     for more, message in (
         (words(learning_rate="nan"), "`learning_rate` has to be a finite number, got nan."),
         (words(train_data_dir=tmp_path / "nowhere"), f"`train_data_dir` '{tmp_path}/nowhere' "),
-        (
-            words(learning_rat=1),
-            "Some specified arguments are not used by the HfArgumentParser: ['--learning_rat', '1']",
-        ),
+        (words(learning_rat=1), "unknown options ['--learning_rat', '1'] did you mean --learning_rate? (see --help)"),
+        (words(seed="x"), "argument --seed: invalid int value: 'x' (see --help)"),
+        (["--config"], "argument --config: expected one argument (see --help)"),
         (words(config="nowhere.json"), "`config` 'nowhere.json' can't be read: "),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings: what is trained, on what and how; from a notebook, from the command line, and from files."""
 
-import argparse
 import dataclasses
 import difflib
 import json
@@ -419,7 +418,7 @@ def parse_arguments(cls: type[Settings], argv: Sequence[str] | None = None) -> S
             of another type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    source = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    source = Parser([], add_help=False, allow_abbrev=False)
     source.add_argument("--config", metavar="FILE", help="JSON or YAML file; the command line overrides it")
     path, words = source.parse_known_args(argv)
     parser = Parser(cls, parents=[source], allow_abbrev=False)

@@ -242,6 +242,7 @@ def check_model_config(args: TrainingArguments) -> None:
     known = {field.name for field in dataclasses.fields(config_class)}
     if unknown := sorted(settings.keys() - known):
         raise ValueError(f"`model_config` has the unknown settings {unknown}; known are {sorted(known)}.")
+    look_up(config_class.presets, preset, "preset")
     try:
         config_class.preset(preset, **settings)
     except (StrictDataclassError, TypeError) as error:
