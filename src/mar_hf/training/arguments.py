@@ -424,7 +424,7 @@ def parse_arguments(cls: type[Settings], argv: Sequence[str] | None = None) -> S
     parser = Parser(cls, parents=[source], allow_abbrev=False)
     if path.config is not None:
         words = [*_words_of_file(path.config, {field.name for field in dataclasses.fields(cls)}), *words]
-    settings, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    settings, *_, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
         known = [f"--{field.name}" for field in dataclasses.fields(cls)]
         close = [f"did you mean {name}?" for name in difflib.get_close_matches(unknown[0], known, 1)]
