@@ -5,8 +5,7 @@
 
 Trains tokenizers and models with `train_tokenizer.py` and `train.py`, measures them with `evaluate.py`, and writes
 `comparison.json`, of which `draw_comparison.py` makes tables and plots. Each finished part is a file in `results/`:
-started again, it does what is missing and goes on with what was cut off. docs/comparison.md says what is compared, and
-why so.
+started again, it does what is missing and goes on with what was cut off. docs/comparison.md says what is compared.
 """
 
 import json

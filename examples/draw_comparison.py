@@ -123,6 +123,8 @@ def main(args: Arguments) -> None:
         args (`Arguments`): of the command line.
     """
     folder = pathlib.Path(args.output_dir)
+    if not (folder / "comparison.json").exists():
+        raise ValueError(f"`output_dir` {args.output_dir!r} has no comparison.json: run compare_orders.py first.")
     comparison = read_json(folder / "comparison.json")
     for name, table in TABLES.items():
         if table.keys() & comparison["rows"].keys():

@@ -278,6 +278,15 @@ def test_an_index_has_a_map(index, shards):
     refused(shards, shards, "index.json has to hold a `weight_map`")
 
 
+@pytest.mark.parametrize("name", ["../w.safetensors", "w.safetensors", "w.safetensors.index.json"])
+def test_a_configuration_names_no_weights(name, folder):
+    # transformers reads such an index, and loads whatever it names.
+    shutil.copy(folder / "model.safetensors", folder / "w.safetensors")
+    (folder / "w.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": "/w.bin"}}))
+    configure(folder, transformers_weights=name)
+    refused(folder, folder, "names other weights, `transformers_weights`", name)
+
+
 def test_shards_of_a_distributed_run_are_not_preferred(folder):
     shutil.copy(folder / "model.safetensors", folder / "shard-00000-model-00001-of-00001.safetensors")
     refused(folder, folder, "holds shards of a distributed run (shard-00000")
@@ -517,6 +526,18 @@ def test_parts_that_are_given_are_not_looked_at(pipeline):
     index(pipeline, scheduler=["mar_hf", "DiffusionHead"])
     found = MARPipeline.from_pretrained(pipeline, vae=tiny_pixels(), scheduler=None)
     assert isinstance(found.vae, ImageTokenizer) and found.scheduler is None
+
+
+@pytest.mark.parametrize("name", [None, ["pipeline", "Pipeline"], 5])
+def test_an_index_brings_no_code(name, pipeline):
+    (pipeline / "pipeline.py").write_text("raise SystemExit('this ran')")
+    refused(index(pipeline, _class_name=name), "has to name a class in `_class_name`", cls=MARPipeline)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{", '"x"'])
+def test_broken_schedulers_are_named(content, pipeline):
+    (pipeline / "scheduler" / "scheduler_config.json").write_text(content)
+    refused(pipeline, pipeline, cls=MARPipeline, error=(ValueError, OSError))
 
 
 @pytest.mark.parametrize("content", ["null", "[]", "{", '"x"'])

@@ -170,13 +170,6 @@ def test_names_are_written_in_full_on_three_lines():
     assert ink("woman cook " * 20) < CELL, "the rest is left out"
 
 
-def test_an_absent_extra_is_named(monkeypatch):
-    assert import_extra("json", "train").loads("1") == 1
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r'`datasets` is needed here: pip install "mar_hf\[train\]"'):
-        import_extra("datasets", "train")
-
-
 # Writers that are killed, or write at the same time
 
 
@@ -340,3 +333,10 @@ def test_a_full_disk_leaves_the_old_file_and_is_told_with_its_name(tmp_path, ful
     with full_disk(100), pytest.raises(OSError, match="dst"):
         write_file(tmp_path / "dst", "new" * 1000)
     assert content(tmp_path / "dst") == {"old"} and names(tmp_path) == ["dst"]
+
+
+def test_an_absent_extra_is_named(monkeypatch):
+    assert import_extra("json", "train").loads("1") == 1
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'`datasets` is needed here: pip install "mar_hf\[train\]"'):
+        import_extra("datasets", "train")
