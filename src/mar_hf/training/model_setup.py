@@ -42,7 +42,8 @@ def load_data(args: TrainingArguments, path: str, captions: bool) -> tuple[torch
         ValueError: if the data does not fit the settings.
     """
     folder = pathlib.Path(path)
-    if (folder / "index.json").exists() or any(next(folder.glob(kind), None) for kind in ("*.npz", "*/*.npz")):
+    kinds = ("index.json", "*.npz", "*/*.npz", "*/*/*.npz")
+    if any(next(folder.glob(kind), None) for kind in kinds):
         if args.random_shift:
             raise ValueError(f"`random_shift` {args.random_shift} does not go with cached latents.")
         dataset = load_latents(path)
