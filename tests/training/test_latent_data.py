@@ -63,7 +63,7 @@ def test_latents_of_a_test_are_not_trained_on(tmp_path):
     original_cache(tmp_path / "test")
     original_cache(tmp_path / "__MACOSX")
     latents = load_latents(str(tmp_path))
-    assert len(latents) == 5 and latents.class_names == ["n01", "n02"]
+    assert len(latents) == 5 and latents.class_names == ["n01", "n02"] and latents.least_label() == 0
     assert {file.parent.parent.name for file in latents.files} == {"Train"}
     original_cache(tmp_path / "more")
     with pytest.raises(ValueError, match=r"\['Train', 'test'\] look like splits, but \['more'\] beside them"):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset, Features, Image, Value
 
 from example_runs import SIZES
 from mar_hf import ImageTokenizer, ImageTokenizerConfig
@@ -15,6 +16,8 @@ from mar_hf.training.model_setup import (
     build_noise_scheduler,
     check_model_config,
     count_classes,
+    least_label,
+    load_data,
     parameter_groups,
     picture_channels,
     pixel_tokenizer,
@@ -78,6 +81,17 @@ def test_pictures_have_the_channels_of_the_tokenizer(tmp_path):
     assert picture_channels(arguments(**source)) == picture_channels(arguments(**source, image_channels=4)) == 4
     with pytest.raises(ValueError, match="`image_channels` 1 has to be that of the image tokenizer: 4"):
         picture_channels(arguments(**source, image_channels=1))
+
+
+def test_the_first_class_that_is_trained_has_pictures(tmp_path):
+    picture = {"bytes": b"", "path": None}
+    rows = {"image": [picture] * 4, "label": [3, 2, 3, 3]}
+    Dataset.from_dict(rows, features=Features({"image": Image(), "label": Value("int64")})).to_parquet(
+        str(tmp_path / "pictures.parquet")
+    )
+    with pytest.warns(UserWarning, match="classes without pictures"):
+        dataset, names = load_data(arguments(train_data_dir=str(tmp_path)), str(tmp_path), captions=False)
+    assert names == ["0", "1", "2", "3"] and least_label(dataset) == 2
 
 
 def test_vectors_and_the_head_are_not_decayed():

@@ -137,6 +137,18 @@ class CachedLatents(Dataset):
                 moments[name.replace("mean", "std")] = torch.zeros(()).expand(self.latent_shape)
         return {**moments, **self._texts(shard, row), "label": int(shard["label"][row])}
 
+    def least_label(self) -> int:
+        """The first class that has latents.
+
+        Returns:
+            `int`: its number; -1 without classes.
+        """
+        least = []
+        for number in range(len(shard_sizes(self.index))):
+            with safe_open(self.folder / shard_name(number), framework="pt") as file:
+                least.append(int(file.get_tensor("label").min()))
+        return min(least)
+
     def longest_text(self) -> int:
         """Tokens of the longest text.
 
@@ -211,6 +223,14 @@ class OriginalLatents(Dataset):
         except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} does not hold cached latents, or is truncated: {error}") from error
         return row
+
+    def least_label(self) -> int:
+        """The first class that has latents.
+
+        Returns:
+            `int`: 0, since classes are folders of such; -1 without classes.
+        """
+        return min(self.labels.values(), default=-1)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         return [self[index] for index in indices]

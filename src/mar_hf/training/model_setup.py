@@ -60,6 +60,20 @@ def load_data(args: TrainingArguments, path: str, captions: bool) -> tuple[torch
     return dataset.with_transform(ImageTransform(args.resolution, picture_channels(args))), names
 
 
+def least_label(dataset: torch.utils.data.Dataset) -> int:
+    """The first class that is trained: a class may have a name and no pictures.
+
+    Args:
+        dataset (`torch.utils.data.Dataset`): pictures or latents with classes.
+
+    Returns:
+        `int`: its number.
+    """
+    if hasattr(dataset, "with_transform"):
+        return min(dataset.data.column("label").unique().to_pylist())
+    return dataset.least_label()
+
+
 def text_encoder_source(args: TrainingArguments) -> str | None:
     """Where the text encoder is.
 

@@ -34,6 +34,7 @@ from .model_setup import (
     check_model_config,
     check_text_lengths,
     find_text_dim,
+    least_label,
     load_data,
     load_tokenizer,
     parameter_groups,
@@ -400,7 +401,7 @@ class Trainer(BaseTrainer):
             grid.save(pathlib.Path(target, "samples.png"))
             shutil.copy(folder / "loss.png", target)
             name = self.args.hub_model_id or str(folder / "pipeline")
-            example = {"example_class": 0 if self.names else None}
+            example = {"example_class": least_label(self.dataset) if self.names else None}
             if self.text_encoder is not None and not self.from_latents:
                 example["example_prompt"] = self.dataset[0]["text"][0]
             processes = self.accelerator.num_processes
