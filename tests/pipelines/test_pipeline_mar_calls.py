@@ -216,6 +216,15 @@ def test_guidance_against_what_was_never_trained_is_warned_of(warnings):
     assert "`guidance_scale` 3.0" in record.message and "`class_dropout_prob` 0" in record.message
 
 
+def test_a_class_that_may_not_have_been_trained_is_warned_of(warnings):
+    pipe = tiny_pipeline(transformer=tiny_transformer(num_classes=1), id2label=None)
+    pipe()
+    assert warnings.records == []
+    pipe(0)
+    (record,) = warnings.records
+    assert "`class_labels`" in record.message and "trained without" in record.message
+
+
 # Callbacks
 
 

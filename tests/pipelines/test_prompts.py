@@ -593,3 +593,33 @@ def test_components_are_shared_and_exchanged():
     assert again.text_encoder is pipe.text_encoder and again.tokenizer is pipe.tokenizer
     again.text_encoder, again.tokenizer = tiny_text_encoder("bert"), tiny_text_tokenizer("bert")
     assert differ(latents(again, "cat", generator=seeds(0)), expected)
+
+
+# Texts that are encoded apart
+
+
+def test_texts_are_encoded_without_a_transformer(each):
+    apart = MARPipeline(None, None, None, text_encoder=each.text_encoder, tokenizer=each.tokenizer)
+    for settings in ({"prompt": ["a red heart", "cat"]}, {"prompt": "", "negative_prompt": "a"}, {"prompt": ""}):
+        found = apart.encode_prompt(**settings, max_sequence_length=LIMIT)
+        expected = each.encode_prompt(**settings)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    given = dict(zip(names, apart.encode_prompt("a red heart"), strict=True))
+    assert torch.equal(latents(each, **given, generator=seeds(0)), latents(each, "a red heart", generator=seeds(0)))
+
+
+def test_what_a_pipeline_without_parts_refuses():
+    empty = MARPipeline(None, None, None)
+    with pytest.raises(ValueError, match="`text_encoder`"):
+        empty.encode_prompt("cat")
+    with pytest.raises(ValueError, match="`text_encoder`"):
+        empty.encode_prompt("")
+    with pytest.raises(ValueError, match=r"no \['transformer', 'vae', 'scheduler'\]"):
+        empty(1)
+    with pytest.raises(ValueError, match="`max_sequence_length` has to be an integer from 1 on, got 0"):
+        empty.encode_prompt("cat", max_sequence_length=0)
+    with pytest.raises(ValueError, match="`num_images_per_prompt`"):
+        empty.encode_prompt("cat", num_images_per_prompt=2.0)
+    with pytest.raises(ValueError, match="Unicode"):
+        tiny_text_pipeline()(prompt="\ud800")

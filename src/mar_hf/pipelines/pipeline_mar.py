@@ -267,6 +267,8 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         Raises:
             ValueError: if one does not exist or is out of its range; says so where it is a default.
         """
+        if missing := [name for name in ("transformer", "vae", "scheduler") if getattr(self, name) is None]:
+            raise ValueError(f"This pipeline has no {missing}, without which it makes no pictures.")
         config, defaults = self.transformer.config, self.generation_settings
         most = self.scheduler.config.num_train_timesteps
         limits = {"num_inference_steps": config.grid_height * config.grid_width, "num_diffusion_steps": most}
@@ -344,6 +346,10 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         if not isinstance(names, (list, tuple)) or not all(name in known for name in names):
             wrong = [name for name in names if name not in known] if isinstance(names, (list, tuple)) else names
             raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be in {known}, got {wrong!r}.")
+        if class_labels is not None and config.num_classes == 1 and not self.config.id2label:
+            logger.warning(
+                "`class_labels` of a model that names none of its classes: it may have been trained without."
+            )
         knows_nothing = config.class_dropout_prob == 0 and (config.text_dim is None or config.text_dropout_prob == 0)
         if knows_nothing and settings.guidance_scale != 1 and (class_labels is not None or num_prompts):
             logger.warning(

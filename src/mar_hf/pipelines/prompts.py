@@ -10,7 +10,7 @@ import torch
 from diffusers.utils import logging
 from torch.nn.functional import pad
 
-from ..models import TextContext, encode_texts
+from ..models import BackboneConfig, TextContext, encode_texts
 
 
 logger = logging.get_logger(__name__)
@@ -46,7 +46,7 @@ class PromptMixin:
                 `negative_prompt`.
             negative_prompt_attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*): likewise.
             max_sequence_length (`int`, *optional*): tokens after which a prompt is cut; None means the model's
-                `num_text_tokens`, or the tokenizer's limit where that is lower.
+                `num_text_tokens` (128 without a transformer), or the tokenizer's limit where that is lower.
 
         Returns:
             four `torch.Tensor`: states of shape `(texts * num_images_per_prompt, length, text_dim)` and bool mask of
@@ -56,12 +56,21 @@ class PromptMixin:
             ValueError: if the model takes no texts, there is no text encoder for them, a type or a shape is wrong, or
                 both a text and its states are given.
         """
-        config, device = self.transformer.config, self._execution_device
-        if config.text_dim is None:
+        # Texts may be encoded apart, by a pipeline that has no transformer.
+        config, device = (
+            BackboneConfig if self.transformer is None else self.transformer.config,
+            self._execution_device,
+        )
+        if self.transformer is not None and config.text_dim is None:
             raise ValueError("`prompt` needs a model that takes texts; this one knows classes only.")
         limit = config.num_text_tokens if max_sequence_length is None else max_sequence_length
-        if not isinstance(limit, Integral) or not 1 <= limit <= config.num_text_tokens:
-            raise ValueError(f"`max_sequence_length` has to lie in 1..{config.num_text_tokens}, got {limit!r}.")
+        most = config.num_text_tokens if self.transformer is not None else limit
+        if isinstance(limit, bool) or not isinstance(limit, Integral) or not 1 <= limit <= most:
+            allowed = f"lie in 1..{most}" if self.transformer is not None else "be an integer from 1 on"
+            raise ValueError(f"`max_sequence_length` has to {allowed}, got {limit!r}.")
+        count = num_images_per_prompt
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+            raise ValueError(f"`num_images_per_prompt` has to be an integer of at least 1, got {count!r}.")
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("One of `prompt` and `prompt_embeds` has to be given, and not both.")
         embeds, mask = self._encode_texts("prompt", prompt, prompt_embeds, prompt_attention_mask, limit)
@@ -78,7 +87,10 @@ class PromptMixin:
             if len(negative[0]) != len(embeds):
                 raise ValueError(f"`negative_prompt` has to be one for all or {len(embeds)}, got {len(negative[0])}.")
             rows.append(negative)
-        rows = [tuple(t.to(device).repeat_interleave(num_images_per_prompt, 0) for t in pair) for pair in rows]
+        rows = [
+            tuple(t.to(self._execution_device).repeat_interleave(num_images_per_prompt, 0) for t in pair)
+            for pair in rows
+        ]
         return (*rows[0], *(rows[1] if do_classifier_free_guidance else (None, None)))
 
     def _encode_texts(
@@ -94,6 +106,8 @@ class PromptMixin:
             for part, tensor in (("embeds", embeds), ("attention_mask", mask)):
                 if not isinstance(tensor, torch.Tensor | None):
                     raise ValueError(f"`{name}_{part}` has to be a tensor, got {type(tensor).__name__}.")
+            if self.transformer is None:
+                raise ValueError(f"`{name}_embeds` is what a pipeline without `transformer` makes; give it texts.")
             return embeds, self.transformer.check_text(embeds, mask, len(embeds), name)
         if mask is not None:
             raise ValueError(f"`{name}_attention_mask` goes with `{name}_embeds`, not with `{name}`.")
@@ -104,7 +118,10 @@ class PromptMixin:
             if not text.isprintable() and any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
                 raise ValueError(f"`{name}` has to be text that Unicode can write, got {text!r}.")
         if not any(text.strip() for text in texts):
-            width = self.transformer.config.text_dim
+            known = self.text_encoder if self.transformer is None else self.transformer
+            if known is None:
+                raise ValueError(f"`{name}` needs a pipeline with a `text_encoder` or a `transformer`.")
+            width = known.config.hidden_size if self.transformer is None else known.config.text_dim
             return torch.zeros(len(texts), 1, width), torch.zeros(len(texts), 1, dtype=torch.bool)
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
