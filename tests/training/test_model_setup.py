@@ -113,6 +113,8 @@ def test_guidance_is_a_default_only_where_it_was_trained_for(names, settings, gu
     backbone = model(names, **settings)
     defaults = build_generation_defaults(arguments(), backbone, names)
     assert defaults == {"num_inference_steps": 16, "num_diffusion_steps": 50, "guidance_scale": guidance}
+    steps = build_generation_defaults(arguments(generation_defaults='{"num_inference_steps": 2}'), backbone, names)
+    assert steps.get("guidance_scale", 3.0) == guidance  # 3 is what it is where nothing is said
     asked = arguments(generation_defaults='{"guidance_scale": 2.0}')
     if guidance == 1.0:
         with pytest.warns(UserWarning, match=r"`guidance_scale` 2.0 compares with a model without a class"):
@@ -132,6 +134,8 @@ def test_defaults_of_a_pipeline_are_replaced_one_by_one(tmp_path):
         "guidance_scale": 2.5,
         "num_inference_steps": 2,
     }
+    # What the pipeline was trained for, this training without classes does not keep up.
+    assert build_generation_defaults(args, pipe.transformer, None)["guidance_scale"] == 1.0
     assert build_noise_scheduler(args).config.max_timestep == pipe.scheduler.config.max_timestep
     assert build_noise_scheduler(arguments()).config.max_timestep == 950
     assert build_noise_scheduler(arguments(max_timestep=900)).config.max_timestep == 900

@@ -454,7 +454,7 @@ def build_generation_defaults(
 
     Args:
         args (`TrainingArguments`): what they say of it replaces what a pipeline that is fine-tuned has, one by one;
-            null takes a default away.
+            null takes a default away. Without training for it there is no guidance unless they ask for it.
         model (`PreTrainedModel`): the bare model.
         names (`list[str]`, *optional*): of the classes.
 
@@ -473,11 +473,12 @@ def build_generation_defaults(
         defaults = {"num_inference_steps": 32, "num_diffusion_steps": 50, "guidance_scale": 3.0}
         # What follows from the model need not be saved.
         defaults = {name: value for name, value in defaults.items() if name not in model.sampling_defaults}
-        if not can_be_guided(model.config, names):
-            defaults["guidance_scale"] = 1.0
+    guided = can_be_guided(model.config, names)
+    if not guided:
+        defaults.pop("guidance_scale", None)  # of a pipeline that was trained for it, or that of the recipe
     defaults |= json.loads(args.generation_defaults or "{}")
     defaults = {name: value for name, value in defaults.items() if value is not None}
-    if defaults.get("guidance_scale", 1.0) != 1.0 and not can_be_guided(model.config, names):
+    if not guided and defaults.setdefault("guidance_scale", 1.0) != 1.0:
         warnings.warn(
             f"`guidance_scale` {defaults['guidance_scale']} compares with a model without a class or text, which this "
             "training does not train: `class_dropout_prob` or `text_dropout_prob` has to be above 0.",
