@@ -191,14 +191,15 @@ def test_the_search_for_banned_names_finds_them(source, found):
     assert banned(source) == found
 
 
-def test_importing_the_package_imports_no_extras():
+@pytest.mark.parametrize("module", ["mar_hf", "mar_hf.training"])
+def test_importing_the_package_imports_no_extras(module):
     # diffusers imports scipy by itself where it is installed, so what counts is what comes on top.
     code = f"""
 import sys
 from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers import PreTrainedModel
 before = set(sys.modules)
-import mar_hf
+import {module}
 print([name for name in {HEAVY} if name in sys.modules.keys() - before])
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -139,6 +139,13 @@ def test_what_was_generated_before_a_stop_is_used(real, model, tmp_path):
     assert read(tmp_path)["results"] == expected and kept.stat().st_mtime_ns == time
 
 
+@pytest.mark.parametrize("sweep", [["temperature", "1", "-1"], ["generation_order", "raster", "../../x"]])
+def test_a_value_out_of_range_is_refused_before_the_first_picture(real, model, tmp_path, sweep):
+    with pytest.raises(ValueError, match=f"`{sweep[0]}` has to "):
+        evaluate.main(arguments(real, tmp_path / "out", model, sweep=sweep))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_two_processes_measure_the_same(real, model, tmp_path):
     settings = {"sweep": ["temperature", "0.5", "1"]}

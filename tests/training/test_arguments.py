@@ -109,12 +109,17 @@ def test_wrong_settings_of_every_training(kind, name, value, message):
         ("random_shift", -1, "has to be at least 0, got -1"),
         ("random_flip", 1, "has to be true or false, got 1"),
         ("caption_templates", "{}", "has to be a list, each entry a text"),
-        ("model_config", {}, "has to be a text"),
+        ("model_config", ["{}"], "has to be a text"),
     ],
 )
 def test_wrong_settings_of_a_model(name, value, message):
     with pytest.raises(ValueError, match=f"`{name}` {message}"):
         TrainingArguments("out", **{name: value})
+
+
+def test_objects_may_be_dictionaries():
+    args = TrainingArguments("out", model_config={"hidden_size": 32}, generation_defaults={"temperature": 0.9})
+    assert (args.model_config, args.generation_defaults) == ('{"hidden_size": 32}', '{"temperature": 0.9}')
 
 
 def test_the_token_is_not_given_to_a_tracker():

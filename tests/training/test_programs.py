@@ -27,6 +27,16 @@ def test_the_first_word_names_the_program(tmp_path, capsys):
     assert MARPipeline.from_pretrained(tmp_path / "out" / "pipeline").labels == {"cat": 0, "dog": 1}
 
 
+@pytest.mark.parametrize("kind", [[], ["tokenizer"], ["text_encoder"]])
+def test_what_is_refused_is_told_in_a_line(tmp_path, kind):
+    data = write_pictures(tmp_path / "data", ["cat"], 2)
+    with pytest.raises(SystemExit, match=r"^mar_hf.training: `learning_rate` has to be a finite number, got nan\.$"):
+        main([*kind, *words(train_data_dir=data, output_dir=tmp_path / "out", learning_rate="nan")])
+    with pytest.raises(SystemExit, match="^mar_hf.training: `train_data_dir` '.*nowhere' .*"):
+        main([*kind, *words(train_data_dir=tmp_path / "nowhere", output_dir=tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_program_is_named():
     with pytest.raises(SystemExit, match="'toknizer' is none of model, tokenizer, text_encoder, latents"):
         main(["toknizer", "--output_dir", "x"])

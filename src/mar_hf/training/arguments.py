@@ -133,10 +133,11 @@ def _is_a(value: Any, kind: type) -> bool:
 
 @dataclass
 class TrainingArguments(BaseTrainingArguments):
-    """Settings of the training of a model. JSON objects are written as such in a file of settings.
+    """Settings of the training of a model.
 
-    Every field is described by `python -m mar_hf.training --help`; the defaults train a small model of pixels in
-    class folders.
+    Every field is described by `python -m mar_hf.training --help`. The defaults are the recipe of a model of size
+    `base` on pixels of 32 x 32; `model_config` makes it smaller. JSON objects may be given as dictionaries, and are
+    written as objects in a file of settings.
     """
 
     output_dir: str = field(metadata={"help": "where checkpoints, the pipeline, samples and the loss curve go"})
@@ -220,6 +221,9 @@ class TrainingArguments(BaseTrainingArguments):
     below_one: ClassVar[tuple[str, ...]] = ("adam_beta1", "adam_beta2", "ema_decay")
 
     def __post_init__(self) -> None:
+        for name in ("model_config", "generation_defaults"):
+            if isinstance(getattr(self, name), dict):
+                setattr(self, name, json.dumps(getattr(self, name)))
         super().__post_init__()
         look_up(LR_SCHEDULERS, self.lr_scheduler, "lr_scheduler")
         for name in ("model_config", "generation_defaults"):

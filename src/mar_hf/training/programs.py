@@ -3,7 +3,8 @@
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -18,6 +19,19 @@ from .trainer_tokenizer import TokenizerTrainer
 TRAINERS = {"model": Trainer, "tokenizer": TokenizerTrainer, "text_encoder": TextEncoderTrainer}
 
 
+@contextmanager
+def told_in_a_line() -> Iterator[None]:
+    """End the program with one line where settings or data are refused, which needs no traceback.
+
+    Yields:
+        None.
+    """
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise SystemExit(" ".join(["mar_hf.training:", *str(error).split()])) from error
+
+
 def run_trainer(trainer_class: type[BaseTrainer], argv: Sequence[str] | None = None) -> None:
     """Train with the settings of a command line, and say what came of it.
 
@@ -26,7 +40,8 @@ def run_trainer(trainer_class: type[BaseTrainer], argv: Sequence[str] | None = N
         argv (`Sequence[str]`, *optional*): words of the command line; None takes the program's own.
     """
     logging.basicConfig(level=logging.WARNING)
-    trainer = trainer_class(parse_arguments(trainer_class.arguments_class, argv))
+    with told_in_a_line():
+        trainer = trainer_class(parse_arguments(trainer_class.arguments_class, argv))
     trainer.train()
     if trainer.summary:
         tqdm.write(trainer.summary)
@@ -38,7 +53,9 @@ def run_cache(argv: Sequence[str] | None = None) -> None:
     Args:
         argv (`Sequence[str]`, *optional*): words of the command line; None takes the program's own.
     """
-    if summary := cache_latents(parse_arguments(LatentCacheArguments, argv)):
+    with told_in_a_line():
+        args = parse_arguments(LatentCacheArguments, argv)
+    if summary := cache_latents(args):
         tqdm.write(summary)
 
 
