@@ -288,7 +288,8 @@ WRONG = [
     ("model_index.json", {"id2label": {"x": "a"}}),
     ("model_index.json", {"generation_defaults": [1]}),
     ("model_index.json", {"transformer": ["torch", "Tensor"]}),
-    ("transformer/config.json", {"architectures": 5, "model_type": ["x"]}),
+    ("transformer/config.json", {"architectures": 5}),
+    ("transformer/config.json", {"model_type": ["x"]}),
     ("transformer/config.json", {"hidden_size": None}),
     ("transformer/config.json", {"head_config": 5}),
     ("vae/config.json", {"autoencoder": [1]}),
@@ -298,7 +299,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("command", ["info", "generate", "export"])
+@pytest.mark.parametrize("command", ["info", "export", pytest.param("generate", marks=pytest.mark.slow)])
 def test_broken_configurations_are_one_line(command, model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Path(shutil.copytree(model, "model"))
@@ -313,7 +314,8 @@ def test_broken_configurations_are_one_line(command, model, tmp_path, capsys, mo
         err = capsys.readouterr().err
         (folder / file).write_bytes(before)
         # What a command does not need may be broken.
-        assert code == 0 or (code == 2 and err.splitlines()[-1].startswith("mar-hf: error: ")), (file, text, err)
+        told = (err.splitlines() or [""])[-1]
+        assert code == 0 or (code == 2 and re.match("mar-hf: error: (?![A-Z][A-Za-z]+Error)", told)), (file, text, err)
         assert "Traceback" not in err, (file, text)
         shutil.rmtree("out", ignore_errors=True)
 

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from mar_hf_command import SETTINGS, main
+from mar_hf_command import SETTINGS, check_configs, main
 
 from .conversion import ORIGINAL_SCALING_FACTOR, convert_checkpoint, export_checkpoint
 from .conversion.checkpoints import read_config, read_json, weight_files
@@ -149,7 +149,10 @@ def _device(name: str | None) -> str:
 
 def info(args: argparse.Namespace) -> None:
     """Describe a model: components, sizes, geometry, scheduler, saved defaults, classes."""
-    folder = Path(args.model if Path(args.model).is_dir() else MARPipeline.download(args.model))
+    folder = Path(args.model)
+    if not folder.is_dir():
+        folder = Path(MARPipeline.download(args.model))
+        check_configs(folder)
     print("\n".join(f"{key:<13}{value}".rstrip() for key, value in describe(folder)))
 
 
@@ -209,20 +212,17 @@ def describe(folder: Path) -> list[tuple[str, str]]:
     rows = [("model", f"{index.get('_class_name', 'one component')} in {folder}")]
     for key, part in parts.items():
         config = configs[key] or _json(part / "scheduler_config.json")
-        name = str(config.get("_class_name") or "") or " ".join(map(str, config.get("architectures") or "?"))
+        name = config.get("_class_name") or " ".join(map(str, config.get("architectures") or "?"))
         rows.append((key or "component", f"{name:<24}{_size(part) if configs[key] else ''}"))
-    by_type = {str(config.get("model_type")): parts[key] for key, config in configs.items()}
+    by_type = {config.get("model_type"): parts[key] for key, config in configs.items()}
     transformer = next((part for name, part in by_type.items() if name in BACKBONES), None)
     rows += _geometry(transformer, by_type.get(ImageTokenizerConfig.model_type))
     if scheduler := _json(folder / "scheduler" / "scheduler_config.json"):
         rows.append(("timesteps", _settings(scheduler)))
-    for name in ("generation_defaults", "id2label"):
-        if not isinstance(index.get(name) or {}, dict):
-            raise ValueError(f"{folder / 'model_index.json'}: `{name}` has to be an object, got {index[name]!r}")
     if defaults := index.get("generation_defaults"):
         rows.append(("defaults", _settings(defaults)))
     if names := index.get("id2label"):
-        few = f": {', '.join(map(str, names.values()))}" if len(names) <= FEW_CLASSES else ""
+        few = f": {', '.join(names.values())}" if len(names) <= FEW_CLASSES else ""
         rows.append(("classes", f"{len(names)}{few}"))
     return rows
 
