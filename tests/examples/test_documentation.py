@@ -9,9 +9,9 @@ import runpy
 import pytest
 
 from mar_hf import MARPipeline, generation, training
-from mar_hf.cli import build_parser
 from mar_hf.training import cache_latents
 from mar_hf.training.programs import TRAINERS
+from mar_hf_command import build_parser
 from snippets import ROOT, blocks, commands
 
 
