@@ -5,8 +5,7 @@
 
 Trains tokenizers and models with `train_tokenizer.py` and `train.py`, measures them with `evaluate.py`, and writes
 `comparison.json`, of which `draw_comparison.py` makes tables and plots. Each finished part is a file in `results/`:
-started again, it does what is missing and goes on with what was cut off. docs/comparison.md says what is compared, and
-why so.
+started again, it does what is missing and goes on with what was cut off. docs/comparison.md says what is compared.
 """
 
 import json
@@ -38,6 +37,7 @@ from mar_hf.training import (
     parse_arguments,
     some_pictures,
 )
+from mar_hf.training.programs import told_in_a_line
 from mar_hf.utils import atomic_folder
 
 
@@ -296,4 +296,5 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(Arguments))
+    with told_in_a_line("compare_orders.py"):
+        main(parse_arguments(Arguments))

@@ -32,6 +32,7 @@ from mar_hf.evaluation.folders import read_json, write_json
 from mar_hf.evaluation.sampling import DTYPES, SAMPLING, check_counts, check_sampling, picture_size
 from mar_hf.evaluation.sweeps import draw_sweep, parse_sweeps
 from mar_hf.training import make_accelerator, parse_arguments
+from mar_hf.training.programs import told_in_a_line
 
 
 @dataclass
@@ -181,4 +182,5 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(Arguments))
+    with told_in_a_line("evaluate.py"):
+        main(parse_arguments(Arguments))

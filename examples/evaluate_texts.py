@@ -28,6 +28,7 @@ from mar_hf.evaluation.plots import draw_lines
 from mar_hf.evaluation.sampling import check_counts
 from mar_hf.evaluation.texts import ATTRIBUTES, chance, judge_texts, limit, read_candidates, read_pixels, read_rows
 from mar_hf.training import center_crop, make_accelerator, parse_arguments
+from mar_hf.training.programs import told_in_a_line
 from mar_hf.utils import atomic_folder
 
 
@@ -158,4 +159,5 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(Arguments))
+    with told_in_a_line("evaluate_texts.py"):
+        main(parse_arguments(Arguments))

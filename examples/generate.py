@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from mar_hf.evaluation import generate, load_pipeline, use_scheduler
 from mar_hf.evaluation.sampling import DTYPES, SAMPLING, check_counts
 from mar_hf.training import make_accelerator, parse_arguments
+from mar_hf.training.programs import told_in_a_line
 
 
 @dataclass
@@ -72,4 +73,5 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(Arguments))
+    with told_in_a_line("generate.py"):
+        main(parse_arguments(Arguments))

@@ -45,6 +45,7 @@ from mar_hf.evaluation.speed import (
 )
 from mar_hf.evaluation.texts import nearest, read_candidates, read_pixels, read_rows, shares
 from mar_hf.training import make_accelerator, parse_arguments
+from mar_hf.training.programs import told_in_a_line
 
 
 TABLE = pathlib.Path(__file__).parent / "configs" / "speed.json"
@@ -202,4 +203,5 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(Arguments))
+    with told_in_a_line("measure_speed.py"):
+        main(parse_arguments(Arguments))

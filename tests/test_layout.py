@@ -28,7 +28,7 @@ FROZEN_PATHS = {
     "ImageTokenizer": "mar_hf.tokenizers.modeling_image_tokenizer",
     "MARPipeline": "mar_hf.pipelines.pipeline_mar",
 }
-HEAVY = ("datasets", "matplotlib", "torchvision", "timm", "scipy", "tensorboard", "gradio", "torchmetrics")
+HEAVY = ("datasets", "matplotlib", "torchvision", "timm", "scipy", "tensorboard", "gradio", "torchmetrics", "sklearn")
 
 
 # The rooms, the highest first: an import points down this list, or stays inside its room.
@@ -192,7 +192,7 @@ def test_the_search_for_banned_names_finds_them(source, found):
     assert banned(source) == found
 
 
-@pytest.mark.parametrize("module", ["mar_hf", "mar_hf.training"])
+@pytest.mark.parametrize("module", ["mar_hf", "mar_hf.training", "mar_hf.evaluation"])
 def test_importing_the_package_imports_no_extras(module):
     # diffusers imports scipy by itself where it is installed, so what counts is what comes on top.
     code = f"""

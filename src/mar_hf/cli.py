@@ -22,6 +22,7 @@ from mar_hf_command import SETTINGS, check_configs, main
 from .conversion import ORIGINAL_SCALING_FACTOR, convert_checkpoint, export_checkpoint
 from .conversion.checkpoints import read_config, read_json, weight_files
 from .evaluation import choose_classes, class_name, image_generator
+from .evaluation.classes import is_conditional
 from .models import BACKBONES, ARConfig, load_text_encoder
 from .pipelines import MARPipeline
 from .tokenizers import ImageTokenizer, ImageTokenizerConfig
@@ -100,7 +101,7 @@ def _pictures(
                 return {}
 
             images = pipeline(
-                **{kind: [wanted[index] for index, _ in batch]},
+                **{kind: len(batch) if kind == "num_images_per_prompt" else [wanted[index] for index, _ in batch]},
                 generator=[image_generator(args.seed, wanted[index], number) for index, number in batch],
                 callback_on_step_end=count,
                 callback_on_step_end_tensor_inputs=[],
@@ -173,15 +174,20 @@ def choose_subjects(
         prompts (`Sequence[str]`, *optional*): texts instead.
 
     Returns:
-        the pipeline's argument, its values, and what to call each of them.
+        the pipeline's argument, its values, and what to call each of them. A model that was trained without classes
+            and texts is asked for a number of pictures; that of its one class was never trained.
 
     Raises:
-        ValueError: if the model knows no classes and no texts are given, or a class is unknown.
+        ValueError: if the model knows texts only and none are given, or a class is unknown.
     """
     if prompts is not None:
         return "prompt", list(prompts), list(prompts)
     if pipeline.transformer.config.num_classes == 0:
         raise ValueError("this model knows no classes: give it a `--prompt`")
+    if not is_conditional(pipeline):
+        if class_labels is None:
+            return "num_images_per_prompt", [0], ["pictures"]
+        print("mar-hf: `--class-labels`: this model was trained without classes, it seems", file=sys.stderr)
     labels = choose_classes(pipeline, class_labels, "--class-labels")
     return "class_labels", labels, [class_name(pipeline, label) for label in labels]
 

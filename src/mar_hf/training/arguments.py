@@ -18,6 +18,7 @@ from diffusers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
 from transformers import HfArgumentParser
 
 from ..utils import import_extra, look_up
+from .picture_modes import check_channels
 from .text_data import check_templates
 
 
@@ -155,6 +156,10 @@ class TrainingArguments(BaseTrainingArguments):
         default=None, metadata={"help": "image tokenizer, folder or hub id; default: that of the pipeline, or pixels"}
     )
     patch_size: int = field(default=4, metadata={"help": "pixels along a token's side, without a tokenizer"})
+    image_channels: int | None = field(
+        default=None,
+        metadata={"help": "of the pictures: 1 grey, 3 colours, 4 with transparency; default: the tokenizer's, or 3"},
+    )
 
     pretrained_text_encoder: str | None = field(
         default=None,
@@ -226,6 +231,8 @@ class TrainingArguments(BaseTrainingArguments):
                 setattr(self, name, json.dumps(getattr(self, name)))
         super().__post_init__()
         look_up(LR_SCHEDULERS, self.lr_scheduler, "lr_scheduler")
+        if self.image_channels is not None:
+            check_channels(self.image_channels)
         for name in ("model_config", "generation_defaults"):
             if getattr(self, name) is None:
                 continue
@@ -261,6 +268,9 @@ class TokenizerTrainingArguments(BaseTrainingArguments):
     random_flip: bool = field(default=False, metadata={"help": "mirror half of the pictures"})
     random_shift: int = field(default=0, metadata={"help": "shift pictures by up to so many pixels"})
 
+    image_channels: int = field(
+        default=3, metadata={"help": "of the pictures: 1 grey, 3 colours, 4 with transparency"}
+    )
     autoencoder: str = field(default="kl", metadata={"help": "kl, dc or vq"})
     block_out_channels: list[int] = field(
         default_factory=lambda: [32, 64, 128], metadata={"help": "channels at each resolution, halved between them"}
@@ -305,6 +315,7 @@ class TokenizerTrainingArguments(BaseTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_channels(self.image_channels)
         if self.autoencoder not in ("kl", "dc", "vq"):
             raise ValueError(f"`autoencoder` has to be kl, dc or vq, got {self.autoencoder!r}.")
         if self.autoencoder == "dc" and not self.latent_noise > 0:

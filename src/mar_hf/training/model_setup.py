@@ -54,7 +54,7 @@ def load_data(args: TrainingArguments, path: str, captions: bool) -> tuple[torch
         raise ValueError(f"`train_data_dir` {path!r} has no captions: no column {args.caption_column!r}.")
     feature = dataset.features.get("label")
     names = feature.names if feature is not None and not args.ignore_classes else None
-    return dataset.with_transform(ImageTransform(args.resolution)), names
+    return dataset.with_transform(ImageTransform(args.resolution, picture_channels(args))), names
 
 
 def text_encoder_source(args: TrainingArguments) -> str | None:
@@ -138,6 +138,27 @@ def tokenizer_source(args: TrainingArguments) -> tuple[str, str] | None:
     return (str(folder), "") if folder.is_dir() else None
 
 
+def picture_channels(args: TrainingArguments) -> int:
+    """Channels of the pictures: those of the image tokenizer.
+
+    Args:
+        args (`TrainingArguments`): settings.
+
+    Returns:
+        `int`: 3 where nobody says another number.
+
+    Raises:
+        ValueError: if settings and tokenizer do not fit each other.
+    """
+    source, asked = tokenizer_source(args), args.image_channels
+    if source is None:
+        return asked or 3
+    found = ImageTokenizerConfig.from_pretrained(source[0], subfolder=source[1]).in_channels
+    if asked not in (None, found):
+        raise ValueError(f"`image_channels` {asked} has to be that of the image tokenizer: {found}.")
+    return found
+
+
 def load_tokenizer(args: TrainingArguments, dataset: torch.utils.data.Dataset, weights: bool) -> ImageTokenizer:
     """The tokenizer of the settings, or pixels of zero mean and unit deviation a channel.
 
@@ -185,7 +206,7 @@ def pixel_tokenizer(dataset: torch.utils.data.Dataset, patch_size: int) -> Image
         ValueError: if a channel is constant.
     """
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:4096]
-    moments = []  # of each picture, so that they need not be in memory together: mean and mean square, (2, 3)
+    moments = []  # of each picture, so that they need not be in memory together: mean and mean square, (2, channels)
     for part in chosen.split(256):
         pictures = torch.stack([row["pixel_values"] for row in dataset.__getitems__(part.tolist())]).double()
         moments.append(torch.stack([pictures.mean((2, 3)), pictures.square().mean((2, 3))], 1))
@@ -193,7 +214,12 @@ def pixel_tokenizer(dataset: torch.utils.data.Dataset, patch_size: int) -> Image
     std = (square - mean.square()).clamp(min=0).sqrt()
     if not (std > 1e-6).all():
         raise ValueError(f"The pictures' channels have deviations {std.tolist()}: a constant one can't be scaled.")
-    config = ImageTokenizerConfig(patch_size=patch_size, shift_factor=mean.tolist(), scaling_factor=(1 / std).tolist())
+    config = ImageTokenizerConfig(
+        in_channels=len(mean),
+        patch_size=patch_size,
+        shift_factor=mean.tolist(),
+        scaling_factor=(1 / std).tolist(),
+    )
     return ImageTokenizer(config).eval()
 
 

@@ -20,8 +20,11 @@ TRAINERS = {"model": Trainer, "tokenizer": TokenizerTrainer, "text_encoder": Tex
 
 
 @contextmanager
-def told_in_a_line() -> Iterator[None]:
+def told_in_a_line(program: str = "mar_hf.training") -> Iterator[None]:
     """End the program with one line where settings or data are refused, which needs no traceback.
+
+    Args:
+        program (`str`, *optional*, defaults to `"mar_hf.training"`): what the line begins with.
 
     Yields:
         None.
@@ -29,7 +32,7 @@ def told_in_a_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, ImportError) as error:
-        raise SystemExit(" ".join(["mar_hf.training:", *str(error).split()])) from error
+        raise SystemExit(" ".join([f"{program}:", *str(error).split()])) from error
 
 
 def run_trainer(trainer_class: type[BaseTrainer], argv: Sequence[str] | None = None) -> None:
