@@ -34,10 +34,9 @@ from mar_hf.training import (
     latent_statistics,
     load_image_dataset,
     make_accelerator,
-    parse_arguments,
     some_pictures,
 )
-from mar_hf.training.programs import told_in_a_line
+from mar_hf.training.programs import run_program
 from mar_hf.utils import atomic_folder
 
 
@@ -296,5 +295,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_a_line("compare_orders.py"):
-        main(parse_arguments(Arguments))
+    run_program(main, Arguments)

@@ -17,8 +17,7 @@ from mar_hf.evaluation.folders import read_json, write_text
 from mar_hf.evaluation.pictures import save_grid
 from mar_hf.evaluation.plots import draw_bars, draw_points
 from mar_hf.evaluation.tables import markdown_table
-from mar_hf.training import parse_arguments
-from mar_hf.training.programs import told_in_a_line
+from mar_hf.training.programs import run_program
 
 
 # The rows of the tables, with what is said of each.
@@ -136,5 +135,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_a_line("draw_comparison.py"):
-        main(parse_arguments(Arguments))
+    run_program(main, Arguments)

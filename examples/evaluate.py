@@ -31,8 +31,8 @@ from mar_hf.evaluation.classes import choose_folders, choose_labels
 from mar_hf.evaluation.folders import read_json, write_json
 from mar_hf.evaluation.sampling import DTYPES, SAMPLING, check_counts, check_sampling, picture_size
 from mar_hf.evaluation.sweeps import draw_sweep, parse_sweeps
-from mar_hf.training import make_accelerator, parse_arguments
-from mar_hf.training.programs import told_in_a_line
+from mar_hf.training import make_accelerator
+from mar_hf.training.programs import run_program
 
 
 @dataclass
@@ -182,5 +182,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_a_line("evaluate.py"):
-        main(parse_arguments(Arguments))
+    run_program(main, Arguments)

@@ -136,6 +136,24 @@ def test_default_classes(model, named):
     assert choose_classes(pipeline, None) == [0, 125, 250, 375, 500, 625, 750, 875]
 
 
+def test_a_model_without_classes_is_asked_for_none(tmp_path, capsys):
+    pipe = tiny_pipeline(transformer=tiny_transformer(num_classes=1), id2label=None)
+    pipe.save_pretrained(tmp_path / "model")
+    asked = ["--num-images-per-class", "3", "--batch-size", "2", "--output-dir", str(tmp_path / "out"), *FEW_STEPS]
+    assert main(["generate", str(tmp_path / "model"), *asked]) == 0
+    names = [f"0000-pictures-{number:03d}.png" for number in range(3)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    pipe.set_progress_bar_config(disable=True)
+    generators = [image_generator(0, 0, number) for number in (0, 1)]
+    steps = {"num_inference_steps": 2, "num_diffusion_steps": 2}
+    for name, image in zip(names, pipe(num_images_per_prompt=2, generator=generators, **steps).images, strict=False):
+        difference = np.asarray(Image.open(tmp_path / "out" / name), dtype=int) - np.asarray(image, dtype=int)
+        assert np.abs(difference).max() <= 1
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "model"), "--class-labels", "0", *asked]) == 0
+    assert "this model was trained without classes, it seems" in capsys.readouterr().err
+
+
 def test_settings_default_to_the_model_s_own(model, tmp_path):
     def draw(folder, *argv):
         classes = ["--class-labels", "5", "--num-images-per-class", "1"]

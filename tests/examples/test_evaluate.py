@@ -13,6 +13,7 @@ from PIL import Image
 from common import seeded
 from mar_hf.evaluation import extract, read_statistics, statistics
 from mar_hf.evaluation.features import PixelFeatures
+from mar_hf.training import parse_arguments
 from snippets import ROOT
 from tiny_pipelines import tiny_pipeline
 
@@ -185,9 +186,9 @@ def test_statistics_from_a_file(real, model, tmp_path, with_pictures):
 def test_sweeps_of_the_command_line():
     words = "--reference . --output_dir b --pretrained_model_name_or_path c".split()
     words += "--sweep temperature 1 0.9 --sweep guidance_scale 2".split()
-    args = evaluate.parse_arguments(evaluate.Arguments, words)
+    args = parse_arguments(evaluate.Arguments, words)
     assert args.sweep == ["temperature", "1", "0.9", "guidance_scale", "2"]
-    assert evaluate.parse_arguments(evaluate.Arguments, words[:6]).sweep == []
+    assert parse_arguments(evaluate.Arguments, words[:6]).sweep == []
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,10 @@ from snippets import ROOT
         ("draw_comparison", "", "`output_dir` 'out' has no comparison.json: run compare_orders.py first."),
     ],
 )
-def test_it_is_one_line(script, words, line, tmp_path, monkeypatch):
+def test_it_is_one_line(script, words, line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as refused:
         run_script(ROOT / "examples" / f"{script}.py", ["--output_dir", "out", *words.split()])
-    assert refused.value.code == f"{script}.py: {line}"
+    assert refused.value.code == 2
+    assert capsys.readouterr().err == f"{script}.py: error: {line}\n"
     assert list(tmp_path.iterdir()) == []

@@ -21,6 +21,13 @@ def latents(pipe, class_labels=1, **kwargs):
     return pipe(class_labels, output_type="latent", **kwargs).images
 
 
+@pytest.fixture
+def warnings(caplog):
+    """The pipeline's own warnings."""
+    caplog.set_level(logging.WARNING, logger="mar_hf.pipelines.pipeline_mar")
+    return caplog
+
+
 # Threads, and calls inside calls
 
 
@@ -163,14 +170,23 @@ def test_names_that_are_none(id2label, message):
         tiny_pipeline(id2label=id2label)
 
 
+def test_components_alone_lose_names_and_defaults_and_say_so(warnings):
+    pipe = tiny_pipeline()
+    again = MARPipeline.from_pipe(pipe)
+    assert again.labels == pipe.labels and again.generation_defaults == pipe.generation_defaults
+    parts = {"id2label": pipe.config.id2label, "generation_defaults": pipe.config.generation_defaults}
+    MARPipeline(**pipe.components, **parts)
+    assert warnings.records == []
+    MARPipeline(**pipe.components, id2label=NAMES)
+    (record,) = warnings.records
+    assert "['generation_defaults']" in record.message and "from_pipe" in record.message
+    warnings.clear()
+    MARPipeline(**pipe.components, **parts)
+    MARPipeline(**pipe.components)
+    assert "['id2label', 'generation_defaults']" in warnings.records[-1].message
+
+
 # Numbers that are none, and too large ones
-
-
-@pytest.fixture
-def warnings(caplog):
-    """The pipeline's own warnings."""
-    caplog.set_level(logging.WARNING, logger="mar_hf.pipelines.pipeline_mar")
-    return caplog
 
 
 def test_a_decoder_that_gives_no_numbers_is_reported(warnings):

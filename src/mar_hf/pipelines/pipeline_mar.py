@@ -153,6 +153,15 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
                 raise ValueError(f"`id2label` has to number classes 0..{limit - 1} of `transformer`, got {beyond}.")
         if transformer is not None and text_encoder is not None:
             check_text_encoder(text_encoder, transformer.config.text_dim)
+        if transformer is not None:
+            own = {"id2label": id2label, "generation_defaults": generation_defaults}
+            before = vars(transformer).get("_of_pipeline", own)
+            if lost := [name for name, value in own.items() if value is None and before[name]]:
+                logger.warning(
+                    f"`transformer` had {lost} in another pipeline, which this one does not get: components alone do "
+                    "not hold them. `MARPipeline.from_pipe(pipe)` keeps them."
+                )
+            vars(transformer)["_of_pipeline"] = own
         self.image_processor = VaeImageProcessor(do_resize=False)
         self._settings: tuple[tuple[Any, Any], GenerationSettings] | None = None
         # The calls that run, by thread: a callback may call the pipeline again. Then the last one that has ended, and
@@ -325,6 +334,10 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
             raise ValueError(f"`noise` has to be a tensor of shape {shape}, got {got}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` has to be pil, np, pt or latent, got {output_type!r}.")
+        if output_type == "pil" and self.vae.image_channels > 4:
+            raise ValueError(
+                f"`output_type` has to be np, pt or latent: PIL knows no {self.vae.image_channels} channels."
+            )
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(f"`callback_on_step_end` has to be a function, got {callback_on_step_end!r}.")
         known, names = self._callback_tensor_inputs, callback_on_step_end_tensor_inputs

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings: what is trained, on what and how; from a notebook, from the command line, and from files."""
 
-import argparse
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -12,11 +12,12 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from diffusers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
 from transformers import HfArgumentParser
 
+from ..generation import build_settings
 from ..utils import import_extra, look_up
 from .picture_modes import check_channels
 from .text_data import check_templates
@@ -242,6 +243,8 @@ class TrainingArguments(BaseTrainingArguments):
                 raise ValueError(f"`{name}` has to be a JSON object: {error}") from error
             if not isinstance(settings, dict):
                 raise ValueError(f"`{name}` has to be a JSON object, got {settings!r}.")
+        defaults = json.loads(self.generation_defaults or "{}")
+        build_settings({name: value for name, value in defaults.items() if value is not None})
         check_templates(self.caption_templates)
         if self.pretrained_model_name_or_path and json.loads(self.model_config).keys() & {"preset", "model_type"}:
             raise ValueError("`model_config` can't change `preset` or `model_type` of a pretrained model.")
@@ -384,6 +387,21 @@ class TextEncoderTrainingArguments(BaseTrainingArguments):
         check_templates(self.caption_templates)
 
 
+class Parser(HfArgumentParser):
+    """A command line whose faults are errors like others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Args:
+            message (`str`): what is wrong with it.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{message} (see --help)")
+
+
 def parse_arguments(cls: type[Settings], argv: Sequence[str] | None = None) -> Settings:
     """Settings from a file and the command line, which has the last word.
 
@@ -396,16 +414,22 @@ def parse_arguments(cls: type[Settings], argv: Sequence[str] | None = None) -> S
         An instance of `cls`.
 
     Raises:
-        ValueError: if the file can't be read as settings or holds unknown ones.
+        ValueError: if the file can't be read as settings or holds unknown ones, or an option is missing, unknown or
+            of another type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    source = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    source = Parser([], add_help=False, allow_abbrev=False)
     source.add_argument("--config", metavar="FILE", help="JSON or YAML file; the command line overrides it")
     path, words = source.parse_known_args(argv)
-    parser = HfArgumentParser(cls, parents=[source], allow_abbrev=False)
+    parser = Parser(cls, parents=[source], allow_abbrev=False)
     if path.config is not None:
         words = [*_words_of_file(path.config, {field.name for field in dataclasses.fields(cls)}), *words]
-    return parser.parse_args_into_dataclasses(words)[0]
+    settings, *_, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown:
+        known = [f"--{field.name}" for field in dataclasses.fields(cls)]
+        close = [f"did you mean {name}?" for name in difflib.get_close_matches(unknown[0], known, 1)]
+        parser.error(" ".join([f"unknown options {unknown}", *close]))
+    return settings
 
 
 def _words_of_file(path: str, known: set[str]) -> list[str]:

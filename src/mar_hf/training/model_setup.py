@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model is trained from: its data, its tokenizers, and its weights, new or those of a pipeline."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -8,6 +9,7 @@ import warnings
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..generation import TOKEN_SCHEDULES
@@ -40,7 +42,8 @@ def load_data(args: TrainingArguments, path: str, captions: bool) -> tuple[torch
         ValueError: if the data does not fit the settings.
     """
     folder = pathlib.Path(path)
-    if (folder / "index.json").exists() or any(next(folder.glob(kind), None) for kind in ("*.npz", "*/*.npz")):
+    kinds = ("index.json", "*.npz", "*/*.npz", "*/*/*.npz")
+    if any(next(folder.glob(kind), None) for kind in kinds):
         if args.random_shift:
             raise ValueError(f"`random_shift` {args.random_shift} does not go with cached latents.")
         dataset = load_latents(path)
@@ -55,6 +58,20 @@ def load_data(args: TrainingArguments, path: str, captions: bool) -> tuple[torch
     feature = dataset.features.get("label")
     names = feature.names if feature is not None and not args.ignore_classes else None
     return dataset.with_transform(ImageTransform(args.resolution, picture_channels(args))), names
+
+
+def least_label(dataset: torch.utils.data.Dataset) -> int:
+    """The first class that is trained: a class may have a name and no pictures.
+
+    Args:
+        dataset (`torch.utils.data.Dataset`): pictures or latents with classes.
+
+    Returns:
+        `int`: its number.
+    """
+    if hasattr(dataset, "with_transform"):
+        return min(dataset.data.column("label").unique().to_pylist())
+    return dataset.least_label()
 
 
 def text_encoder_source(args: TrainingArguments) -> str | None:
@@ -221,6 +238,30 @@ def pixel_tokenizer(dataset: torch.utils.data.Dataset, patch_size: int) -> Image
         scaling_factor=(1 / std).tolist(),
     )
     return ImageTokenizer(config).eval()
+
+
+def check_model_config(args: TrainingArguments) -> None:
+    """Refuse what no model can be, before any data is read; what does not fit the data shows later.
+
+    Args:
+        args (`TrainingArguments`): settings.
+
+    Raises:
+        ValueError: if `model_config` names an unknown backbone, size or setting, or has a value of a wrong type.
+    """
+    settings = json.loads(args.model_config)
+    if args.pretrained_model_name_or_path is not None:
+        return  # read into the configuration of the pipeline at once
+    config_class = look_up(BACKBONES, settings.pop("model_type", MARConfig.model_type), "model_type")[0]
+    preset = settings.pop("preset", "base")
+    known = {field.name for field in dataclasses.fields(config_class)}
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(f"`model_config` has the unknown settings {unknown}; known are {sorted(known)}.")
+    look_up(config_class.presets, preset, "preset")
+    try:
+        config_class.preset(preset, **settings)
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"`model_config` has a value of a wrong type: {error}") from error
 
 
 def build_model(

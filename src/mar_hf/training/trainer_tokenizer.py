@@ -4,7 +4,6 @@
 import math
 import os
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -313,8 +312,6 @@ class TokenizerTrainer(BaseTrainer):
 
     def save(self) -> None:
         args = self.args
-        for left_over in pathlib.Path(args.output_dir).glob(".tokenizer-*"):  # by a run that was killed while it wrote
-            shutil.rmtree(left_over)
         with self.averaged() as vae:
             wrap = partial(ImageTokenizer.from_autoencoder, vae, quantize=args.quantize)
             plain = wrap(scaling_factor=1.0, shift_factor=0.0)
