@@ -39,7 +39,7 @@ EXTRAS = {
 setup(
     name="mar_hf",
     version="0.1.0",
-    description="Autoregressive image generation over continuous tokens (MAR), for users of diffusers and transformers",
+    description="Autoregressive image generation over continuous tokens (MAR) for users of diffusers and transformers",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     project_urls={"Paper": "https://arxiv.org/abs/2406.11838"},
