@@ -33,7 +33,7 @@ def known_options(words):
     if found := re.search(r"run_trainer\((\w+)\)|run_cache\(\)", source):
         return options_of(getattr(training, found[1] or "cache_latents"))
     fields = re.findall(r"^    (\w+): [^=\n]+ = field\(", source, re.MULTILINE)
-    fields += ["config"] if "run_program(" in source else []
+    fields += ["config"] if re.search(r"\b(run_program|parse_arguments)\(", source) else []
     return {f"--{name}" for name in fields} | set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source))
 
 
