@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation import GenerationPlan, GenerationSettings, build_settings, check_orders, plan_generation, plan_steps
 from ..hub import build_model_card
+from ..loading import StrictPipelineMixin, check_components
 from ..models import ARForImageGeneration, MARForImageGeneration, add_context_noise, check_text_encoder
 from ..onednn import by_onednn
 from ..tokenizers import ImageTokenizer
@@ -88,7 +89,7 @@ def check_names(id2label: Any) -> dict[int, str]:
     return names
 
 
-class MARPipeline(PromptMixin, DiffusionPipeline):
+class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
     """Pictures of classes or texts from an autoregressive model over continuous tokens (arXiv:2406.11838).
 
     Args:
@@ -125,16 +126,14 @@ class MARPipeline(PromptMixin, DiffusionPipeline):
         generation_defaults: dict | None = None,
     ):
         super().__init__()
-        self.register_modules(
-            transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
-        )
+        components = {
+            **{"transformer": transformer, "vae": vae, "scheduler": scheduler},
+            **{"text_encoder": text_encoder, "tokenizer": tokenizer},
+        }
+        check_components(type(self), **components)
+        self.register_modules(**components)
         id2label = None if id2label is None else check_names(id2label)
         self.register_to_config(id2label=id2label, generation_defaults=generation_defaults)
-        if vae is not None and not isinstance(vae, ImageTokenizer):
-            raise ValueError(
-                f"`vae` has to be an ImageTokenizer, got {type(vae).__name__}: wrap it with "
-                "`ImageTokenizer.from_autoencoder`."
-            )
         if transformer is not None and vae is not None and transformer.config.token_dim != vae.token_dim:
             raise ValueError(
                 f"`vae` makes tokens of {vae.token_dim} numbers, but `transformer` takes "

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The image tokenizer: pictures to a grid of unit-scaled continuous tokens, and back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
+from typing import Any
 
 import torch
 from diffusers import (
@@ -12,7 +13,6 @@ from diffusers import (
     AutoencoderTiny,
     VQModel,
 )
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,11 +27,54 @@ AUTOENCODERS = {
     cls.__name__: cls for cls in (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderTiny, VQModel)
 }
 VARIATIONAL = ("AutoencoderKL", "AsymmetricAutoencoderKL")
+# Settings of diffusers' autoencoders with one entry a level; every level but one halves, or doubles, the sides.
+LEVELS = (
+    "block_out_channels",
+    "down_block_out_channels",
+    "up_block_out_channels",
+    "encoder_block_out_channels",
+    "decoder_block_out_channels",
+)
 
 
 def _check_class(name: str | None) -> None:
     if name not in AUTOENCODERS:
         raise ValueError(f"`autoencoder` has to be one of {sorted(AUTOENCODERS)}, got {name!r}.")
+
+
+def _build_autoencoder(settings: dict[str, Any]) -> nn.Module:
+    name = settings.get("_class_name")
+    _check_class(name)
+    try:
+        return AUTOENCODERS[name].from_config(settings)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"`autoencoder` {settings} can't be built as {name}: {error}") from error
+
+
+def _own_statistics(settings: dict[str, Any]) -> tuple[float | list[float], float | list[float]]:
+    """Scale and shift of an autoencoder's latents, as diffusers' pipelines apply them: (z - mean) * scale / std."""
+    scale, shift = (settings.get(name) for name in ("scaling_factor", "shift_factor"))
+    mean, std = (settings.get(name) for name in ("latents_mean", "latents_std"))
+    scale = 1.0 if scale is None else scale
+    if std is not None:
+        if 0 in std:
+            raise ValueError(f"`latents_std` of the autoencoder has to be different from 0, got {list(std)}.")
+        scale = [scale / deviation for deviation in std]
+    if mean is not None:
+        shift = list(mean)
+    return scale, 0.0 if shift is None else shift
+
+
+def _downsampling(settings: dict[str, Any]) -> int:
+    """Pixels along one side of a latent position."""
+    levels = {name: len(settings[name]) for name in LEVELS if settings.get(name)}
+    factor = settings.get("upsampling_scaling_factor", 2)
+    if len(set(levels.values())) != 1 or factor != 2:
+        raise ValueError(
+            "`autoencoder` has to give pictures of the size that it takes, by halving and doubling their sides; its "
+            f"levels are {levels}, its `upsampling_scaling_factor` {factor}."
+        )
+    return 2 ** (next(iter(levels.values())) - 1)
 
 
 @dataclass
@@ -56,8 +99,17 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
     Args:
         config ([`ImageTokenizerConfig`]): see there.
 
+    Attributes:
+        image_channels (`int`): channels of the pictures.
+        latent_channels (`int`): channels of the latent grid.
+        token_dim (`int`): numbers in one token: channels times `patch_size` squared.
+        stride (`int`): pixels along one side of a token.
+        is_variational (`bool`): whether pictures have a posterior to sample, not one value.
+        force_upcast (`bool`): whether the autoencoder would overflow in float16 and stays in float32 there.
+
     Raises:
-        ValueError: if the configuration names an autoencoder class that is not in `AUTOENCODERS`.
+        ValueError: if the configuration names an autoencoder class that is not in `AUTOENCODERS`, or settings that it
+            can't be built from, or pictures would come back in another size.
     """
 
     config_class = ImageTokenizerConfig
@@ -65,17 +117,26 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
     base_model_prefix = "image_tokenizer"
     main_input_name = "pixel_values"
     _no_split_modules = ["ResnetBlock2D", "Attention"]
+    _parameters_without_gradient = ("marker",)
 
     def __init__(self, config: ImageTokenizerConfig):
         super().__init__(config)
         self.autoencoder = None
+        downsampling = 1
         if config.autoencoder is not None:
-            name = config.autoencoder.get("_class_name")
-            _check_class(name)
-            self.autoencoder = AUTOENCODERS[name].from_config(config.autoencoder)
+            self.autoencoder = _build_autoencoder(config.autoencoder)
+            downsampling = _downsampling(self.autoencoder.config)
         else:
             # Pixels need no weights, but a checkpoint does, and so do hooks that ask the first one where the model is.
             self.marker = nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.image_channels = config.in_channels
+        self.latent_channels = config.latent_channels
+        self.token_dim = config.latent_channels * config.patch_size**2
+        self.stride = downsampling * config.patch_size
+        self.is_variational = self.autoencoder is not None and config.autoencoder["_class_name"] in VARIATIONAL
+        self.force_upcast = self.autoencoder is not None and bool(self.autoencoder.config.get("force_upcast"))
+        if self.force_upcast:
+            self._keep_in_fp32_modules = {"autoencoder"}  # transformers' rule for loading in float16
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -84,6 +145,15 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
             module.reset_parameters()
         elif module is self and self.autoencoder is None:
             init.zeros_(self.marker)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "ImageTokenizer":
+        """`to`, `half` and their like: an autoencoder that overflows in float16 stays in float32."""
+
+        def upcast(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device, torch.float32) if moved.dtype == torch.float16 else moved
+
+        return super()._apply(upcast if self.force_upcast else fn, recurse)
 
     @classmethod
     def from_autoencoder(
@@ -100,70 +170,38 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         Args:
             autoencoder (`torch.nn.Module`): an instance of one of `AUTOENCODERS`.
             patch_size (`int`, *optional*, defaults to 1): latent positions along a token's side.
-            scaling_factor (`float` or `list[float]`, *optional*): None takes the autoencoder's own, or 1.0.
-            shift_factor (`float` or `list[float]`, *optional*): None takes the autoencoder's own, or 0.0.
+            scaling_factor (`float` or `list[float]`, *optional*): None takes the autoencoder's own, over its
+                `latents_std` where it has one, or 1.0.
+            shift_factor (`float` or `list[float]`, *optional*): None takes the autoencoder's `latents_mean`, or its
+                own, or 0.0.
             normalizer (`str`, *optional*, defaults to `"affine"`): see [`ImageTokenizerConfig`].
             quantize (`bool`, *optional*, defaults to `False`): see [`ImageTokenizerConfig`].
 
         Returns:
-            [`ImageTokenizer`]: in the autoencoder's dtype and training mode.
+            [`ImageTokenizer`]: in the autoencoder's dtype and training mode. One that asks for it (`force_upcast`)
+            and comes in float16 is brought to float32, as diffusers' pipelines do before they decode.
 
         Raises:
-            ValueError: if the autoencoder is none of `AUTOENCODERS`, or `quantize` does not fit it.
+            ValueError: if the autoencoder is none of `AUTOENCODERS`, its statistics are no numbers to divide by,
+                `quantize` does not fit it, or pictures would come back with other channels or in another size.
         """
         _check_class(type(autoencoder).__name__)
         settings = {"_class_name": type(autoencoder).__name__, **autoencoder.config}
-        if scaling_factor is None:
-            scaling_factor = settings.get("scaling_factor") or 1.0
-        if shift_factor is None:
-            shift_factor = settings.get("shift_factor") or 0.0
+        own_scale, own_shift = _own_statistics(settings)
         config = ImageTokenizerConfig(
             autoencoder={k: v for k, v in settings.items() if k == "_class_name" or not k.startswith("_")},
             patch_size=patch_size,
             normalizer=normalizer,
-            shift_factor=shift_factor,
-            scaling_factor=scaling_factor,
+            shift_factor=own_shift if shift_factor is None else shift_factor,
+            scaling_factor=own_scale if scaling_factor is None else scaling_factor,
             quantize=quantize,
         )
         with torch.device("meta"):
             tokenizer = cls(config)
+        if tokenizer.force_upcast and autoencoder.dtype == torch.float16:
+            autoencoder = autoencoder.float()
         tokenizer.autoencoder = autoencoder
         return tokenizer.train(autoencoder.training)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tokenizer is."""
-        return next(chain(self.parameters(), self.buffers())).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return next(chain(self.parameters(), self.buffers())).dtype
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the latent grid."""
-        return self.config.latent_channels
-
-    @property
-    def token_dim(self) -> int:
-        """Numbers in one token: channels times `patch_size` squared."""
-        return self.latent_channels * self.config.patch_size**2
-
-    @property
-    def stride(self) -> int:
-        """Pixels along one side of a token."""
-        if self.autoencoder is None:
-            return self.config.patch_size
-        settings = self.autoencoder.config
-        widths = settings.get("block_out_channels") or settings.get("down_block_out_channels")
-        widths = widths or settings.get("encoder_block_out_channels")
-        return 2 ** (len(widths) - 1) * self.config.patch_size
-
-    @property
-    def is_variational(self) -> bool:
-        """Whether pictures have a posterior to sample, not one value."""
-        return self.config.autoencoder is not None and self.config.autoencoder["_class_name"] in VARIATIONAL
 
     @property
     def codebook(self) -> torch.Tensor:
@@ -178,7 +216,7 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
                 "The tokenizer has no codebook of tokens: that takes `quantize` True, `patch_size` 1 and `normalizer` "
                 f"'affine', got {config.quantize}, {config.patch_size} and {config.normalizer!r}."
             )
-        vectors = self.autoencoder.quantize.embedding.weight.detach()
+        vectors = self(None, "codebook")
         return self.sample_moments(vectors[:, :, None, None], None).tokens[:, 0]
 
     def encode(
@@ -190,8 +228,8 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         """Pictures to unit-scaled latents and tokens: `encode_moments`, then `sample_moments`.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): in [-1, 1]; height and width multiples
-                of `stride`.
+            pixel_values (`torch.Tensor` of shape `(batch, image_channels, height, width)`): in [-1, 1]; height
+                and width multiples of `stride`.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the posterior's noise.
             sample_posterior (`bool`, *optional*, defaults to `True`): sample a variational autoencoder's posterior, as
                 the original trains; False takes its mode.
@@ -207,13 +245,12 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         dtype = pixel_values.dtype
         return ImageTokenizerOutput(latents=output.latents.to(dtype), tokens=output.tokens.to(dtype))
 
-    @apply_forward_hook
     def encode_moments(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pictures to mean and deviation of their posterior, as the autoencoder has them: to keep, and sample often.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): in [-1, 1]; height and width multiples
-                of `stride`.
+            pixel_values (`torch.Tensor` of shape `(batch, image_channels, height, width)`): in [-1, 1]; height
+                and width multiples of `stride`.
 
         Returns:
             `tuple` of two `torch.Tensor` of shape `(batch, channels, latent_height, latent_width)`: mean and deviation
@@ -223,23 +260,15 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         Raises:
             ValueError: if the shape is not as described.
         """
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(f"`pixel_values` has to be of shape (batch, 3, height, width), got {pixel_values.shape}.")
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.image_channels:
+            raise ValueError(
+                f"`pixel_values` has to be of shape (batch, {self.image_channels}, height, width), "
+                f"got {tuple(pixel_values.shape)}."
+            )
         if pixel_values.shape[2] % self.stride or pixel_values.shape[3] % self.stride:
             size = tuple(pixel_values.shape[2:])
             raise ValueError(f"`pixel_values` has size {size}; both sides have to be multiples of {self.stride}.")
-        if self.autoencoder is None:
-            return pixel_values, torch.zeros_like(pixel_values)
-        encoded = self.autoencoder.encode(pixel_values.to(self.autoencoder.dtype))
-        if self.is_variational:
-            return encoded.latent_dist.mean, encoded.latent_dist.std
-        mean = encoded.latent if hasattr(encoded, "latent") else encoded.latents
-        if self.config.quantize:
-            # By number: what the quantiser itself returns, for its gradient, is that vector up to rounding.
-            quantizer, (batch, channels, height, width) = self.autoencoder.quantize, mean.shape
-            codes = quantizer(mean)[2][2].flatten()
-            mean = quantizer.get_codebook_entry(codes, (batch, height, width, channels))
-        return mean, torch.zeros_like(mean)
+        return self(pixel_values, "encode")
 
     def sample_moments(
         self,
@@ -271,54 +300,71 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         if std is not None and self.is_variational:
             noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
             latents = mean + std * noise
-        latents = (latents.float() - self._per_channel("shift_factor", latents)) * self._per_channel(
-            "scaling_factor", latents
-        )
+        shift, scale = self._statistics(latents.device)
+        latents = (latents.float() - shift) * scale
         tokens = self.patchify(latents)
         if self.config.normalizer == "token_layer_norm":
             tokens = nn.functional.layer_norm(tokens, tokens.shape[-1:])
             latents = self.unpatchify(tokens, latents.shape[2] // self.config.patch_size)
         return ImageTokenizerOutput(latents=latents, tokens=tokens)
 
-    @apply_forward_hook
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, grid_height: int | None = None) -> torch.Tensor:
         """Unit-scaled tokens or latents to pictures.
 
         Args:
             latents (`torch.Tensor` of shape `(batch, channels, height, width)` or `(batch, num_tokens, token_dim)`):
-                the latent grid, or the tokens of a square one.
+                the latent grid, or tokens.
+            grid_height (`int`, *optional*): rows of the grid of tokens; None means a square grid.
 
         Returns:
-            `torch.Tensor` of shape `(batch, 3, height, width)`: about [-1, 1], not clamped, in the dtype of `latents`.
+            `torch.Tensor` of shape `(batch, image_channels, height, width)`: about [-1, 1], not clamped, in the dtype
+            of `latents`.
 
         Raises:
             ValueError: if the shape is neither.
         """
         dtype = latents.dtype
         if latents.ndim == 3:
-            latents = self.unpatchify(latents)
+            latents = self.unpatchify(latents, grid_height)
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
             raise ValueError(
                 f"`latents` has to be of shape (batch, {self.latent_channels}, height, width) or (batch, num_tokens, "
                 f"{self.token_dim}), got {tuple(latents.shape)}."
             )
-        latents = latents.float() / self._per_channel("scaling_factor", latents) + self._per_channel(
-            "shift_factor", latents
-        )
-        if self.autoencoder is None:
-            return latents.to(dtype)
-        return self.autoencoder.decode(latents.to(self.autoencoder.dtype)).sample.to(dtype)
+        shift, scale = self._statistics(latents.device)
+        return self(latents.float() / scale + shift, "decode").to(dtype)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor | None, method: str = "reconstruct") -> Any:
         """Reconstruct pictures through the posterior's mode.
 
+        Whatever needs weights comes by here: offloading, casting and sharding hang on `forward` and see nothing else.
+
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): in [-1, 1].
+            pixel_values (`torch.Tensor` of shape `(batch, image_channels, height, width)`): in [-1, 1].
+            method (`str`, *optional*, defaults to `"reconstruct"`): what the methods of this class ask for.
 
         Returns:
             `torch.Tensor` of the same shape.
         """
-        return self.decode(self.encode(pixel_values, sample_posterior=False).latents)
+        autoencoder = self.autoencoder
+        if method == "codebook":
+            return autoencoder.quantize.embedding.weight.detach().clone()
+        if method == "reconstruct":
+            return self.decode(self.encode(pixel_values, sample_posterior=False).latents)
+        if autoencoder is None:
+            return pixel_values if method == "decode" else (pixel_values, torch.zeros_like(pixel_values))
+        if method == "decode":
+            return autoencoder.decode(pixel_values.to(autoencoder.dtype)).sample
+        encoded = autoencoder.encode(pixel_values.to(autoencoder.dtype))
+        if self.is_variational:
+            return encoded.latent_dist.mean, encoded.latent_dist.std
+        mean = encoded.latent if hasattr(encoded, "latent") else encoded.latents
+        if self.config.quantize:
+            # By number: what the quantiser itself returns, for its gradient, is that vector up to rounding.
+            quantizer, (batch, channels, height, width) = autoencoder.quantize, mean.shape
+            codes = quantizer(mean)[2][2].flatten()
+            mean = quantizer.get_codebook_entry(codes, (batch, height, width, channels))
+        return mean, torch.zeros_like(mean)
 
     def patchify(self, latents: torch.Tensor) -> torch.Tensor:
         """Cut a latent grid into tokens.
@@ -370,7 +416,11 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         # (B, h, w, c, p, q) -> (B, c, h, p, w, q)
         return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, self.latent_channels, rows * patch, -1)
 
-    def _per_channel(self, name: str, latents: torch.Tensor) -> torch.Tensor:
+    def _statistics(self, device: torch.device) -> torch.Tensor:
+        """Shift and scale, each of shape (1, channels or 1, 1, 1)."""
+        shift, scale = self.config.shift_factor, self.config.scaling_factor
+        if isinstance(shift, list) or isinstance(scale, list):
+            shift, scale = (x if isinstance(x, list) else [x] * self.latent_channels for x in (shift, scale))
         # A blocking copy would wait for all that the device still has to do.
-        value = torch.tensor(getattr(self.config, name), dtype=torch.float32).to(latents.device, non_blocking=True)
-        return value.reshape(1, -1, 1, 1)
+        both = torch.tensor([shift, scale], dtype=torch.float32).to(device, non_blocking=True)
+        return both.reshape(2, 1, -1, 1, 1)
