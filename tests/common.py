@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What several test files build and measure with."""
 
+import copy
+
 import torch
+from torch import nn
 
 from mar_hf import ARForImageGeneration, MARForImageGeneration
 from mar_hf.models import BackboneConfig, BackbonePreTrainedModel
@@ -59,3 +62,30 @@ def tiny_config(backbone: str = "mar", **changes) -> BackboneConfig:
 def tiny_model(backbone: str = "mar", **changes) -> BackbonePreTrainedModel:
     """The same model every time, in eval mode, none of its weights at zero."""
     return randomise(MODELS[backbone](tiny_config(backbone, **changes)))
+
+
+class Stored(nn.Linear):
+    """A layer whose weights are stored in another type than it computes in, as quantised ones are."""
+
+    def __init__(self, layer: nn.Linear, storage: torch.dtype):
+        super().__init__(layer.in_features, layer.out_features, dtype=layer.weight.dtype)
+        self.kept = layer.weight.detach()
+        self.weight = nn.Parameter(torch.zeros(layer.weight.shape, dtype=storage), requires_grad=False)
+        # 4 and 8 bits leave the bias alone, casting layer by layer does not.
+        bias = layer.bias.detach()
+        self.bias = nn.Parameter(bias.to(storage) if storage.is_floating_point else bias, requires_grad=False)
+        self.kept_bias = bias
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        assert states.dtype == self.kept.dtype
+        return nn.functional.linear(states, self.kept, self.kept_bias)
+
+
+def store(module: nn.Module, storage: torch.dtype) -> nn.Module:
+    """The same with every linear layer stored otherwise, but for those that say themselves what they compute in."""
+    module = copy.deepcopy(module)
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, Stored(child, storage))
+    return module

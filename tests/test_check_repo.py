@@ -5,8 +5,10 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TypedDict
 
 import pytest
+from typing_extensions import Unpack
 
 
 def load_checks():
@@ -133,6 +135,110 @@ def test_classes_are_checked_with_their_methods_and_fields():
     assert list(checks.class_problems(Config)) == [
         ("Config", "argument `width` is documented with the default [1], but it is [1, 2]")
     ]
+
+
+class Base:
+    """What others stand in for."""
+
+    def draw(self, *, condition, noise=None):
+        """Draw.
+
+        Args:
+            condition (`int`): goes in.
+            noise (`int`, *optional*): likewise.
+        """
+
+
+Base.__module__ = Base.draw.__module__ = checks.PACKAGE
+
+
+class Same(Base):
+    """Says nothing of its own."""
+
+    def draw(self, *, condition, noise=None):
+        return super().draw(condition=condition, noise=noise)
+
+
+class Other(Base):
+    """Says nothing, though its arguments are others."""
+
+    def draw(self, *, condition, noise=1):
+        pass
+
+
+class More(Base):
+    """Says what is its own, but not all of it."""
+
+    def draw(self, *, condition, top_k=1, top_p=2, **_):
+        """Draw.
+
+        Args:
+            top_k (`int`, *optional*, defaults to 1): its own.
+        """
+
+
+class Gone(Base):
+    """Says what is not there."""
+
+    def draw(self, *, condition):
+        """Draw.
+
+        Args:
+            noise (`int`): gone.
+        """
+
+
+@pytest.mark.parametrize(
+    "cls, problems",
+    [
+        (Same, []),
+        (Other, ["no docstring, but other arguments than the method that it overrides"]),
+        (More, ["argument `top_p` is not documented"]),
+        (Gone, ["`noise` is documented, but is no argument"]),
+    ],
+)
+def test_what_the_overridden_method_says_is_not_said_again(cls, problems):
+    assert [problem for _, problem in checks.class_problems(cls)] == problems
+
+
+class Inputs(TypedDict, total=False):
+    text: str
+    mask: int
+
+
+@pytest.mark.parametrize(
+    "names, problems", [(("text", "mask"), []), (("text",), ["argument `mask` is not documented"])]
+)
+def test_typed_keywords_are_arguments(names, problems):
+    def function(tokens, **inputs: Unpack[Inputs]):
+        pass
+
+    function.__doc__ = with_args(TOKENS, *(f"{name} (`int`, *optional*): in." for name in names))
+    assert list(checks.function_problems(function, is_method=False)) == problems
+
+
+def test_a_constructor_from_elsewhere_may_be_documented():
+    class Parent:
+        """Made here.
+
+        Args:
+            size (`int`): its size.
+        """
+
+        def __init__(self, size):
+            pass
+
+    class Child(Parent):
+        """Made there.
+
+        Args:
+            size (`int`): its size.
+        """
+
+    problem = ("Child", "`size` is documented, but is no argument")
+    assert list(checks.class_problems(Child)) == [problem]
+    Parent.__init__.__module__ = checks.PACKAGE
+    assert list(checks.class_problems(Child)) == []
 
 
 def test_a_hidden_function_is_found_under_its_decorator():

@@ -20,6 +20,7 @@ from mar_hf.generation import (
     look_up,
     settings_for_budget,
 )
+from mar_hf.generation.schedules import check_tokens_per_step
 
 
 @pytest.mark.parametrize("name", TOKEN_SCHEDULES)
@@ -58,6 +59,25 @@ def test_constant_schedule():
     for steps in range(1, 65):
         counts = constant_tokens_per_step(64, steps)
         assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("counts", [[1], [2, 2, 1], [2] * 8])
+def test_steps_that_a_model_can_do(counts):
+    assert check_tokens_per_step(counts, 16, 2) is None
+
+
+@pytest.mark.parametrize(
+    "counts, message",
+    [
+        ([], r"sum of at most 16, got \[\]"),
+        ([1, 0], r"sum of at most 16, got \[1, 0\]"),
+        ([2] * 9, r"sum of at most 16, got \[2, 2"),
+        ([1, 3], "at most 2 tokens a step .*, not 3: 16 tokens need at least 8 steps"),
+    ],
+)
+def test_steps_that_a_model_cannot_do(counts, message):
+    with pytest.raises(ValueError, match=message):
+        check_tokens_per_step(counts, 16, 2)
 
 
 def test_linear_guidance_ends_just_below_its_scale():

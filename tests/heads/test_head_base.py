@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every head in the table can stand in for every other."""
 
-import copy
 import inspect
 
 import pytest
 import torch
 from torch import nn
 
-from common import randomise, seeded
+from common import Stored, randomise, seeded, store
 from mar_hf import TOKEN_HEADS, ImageTokenizer, ImageTokenizerConfig, MARConfig, TokenDDPMScheduler, TokenHead
 from mar_hf.heads.head_base import LossSettings, SamplingSettings, as_computed, masked_rows
 
@@ -61,33 +60,6 @@ def test_guidance_that_is_no_number(name, scale):
     head, condition = TOKEN_HEADS[name](token_dim=5, condition_dim=7), torch.zeros(1, 2, 7)
     with pytest.raises(ValueError, match="`guidance_scale` has to be a finite number, got"):
         head.sample(condition=condition, scheduler=TokenDDPMScheduler(), num_steps=2, guidance_scale=scale)
-
-
-class Stored(nn.Linear):
-    """A layer whose weights are stored in another type than it computes in, as quantised ones are."""
-
-    def __init__(self, layer, storage):
-        super().__init__(layer.in_features, layer.out_features, dtype=layer.weight.dtype)
-        self.kept = layer.weight.detach()
-        self.weight = nn.Parameter(torch.zeros(layer.weight.shape, dtype=storage), requires_grad=False)
-        # 4 and 8 bits leave the bias alone, casting layer by layer does not.
-        bias = layer.bias.detach()
-        self.bias = nn.Parameter(bias.to(storage) if storage.is_floating_point else bias, requires_grad=False)
-        self.kept_bias = bias
-
-    def forward(self, states):
-        assert states.dtype == self.kept.dtype
-        return nn.functional.linear(states, self.kept, self.kept_bias)
-
-
-def store(module, storage):
-    """The same with every linear layer stored otherwise, but for those that say themselves what they compute in."""
-    module = copy.deepcopy(module)
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, Stored(child, storage))
-    return module
 
 
 @torch.no_grad()

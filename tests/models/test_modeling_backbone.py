@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from common import LAYERS, MODELS, assert_same_tensors, relative_error, seeded, tiny_config, tiny_model
+from common import LAYERS, MODELS, assert_same_tensors, relative_error, seeded, store, tiny_config, tiny_model
 from mar_hf import BackboneOutput, CategoricalHead, DiffusionHead, TokenDDPMScheduler
 from mar_hf.models import add_context_noise
 
@@ -475,6 +475,15 @@ class BackboneTests:
         assert_same_tensors(loaded.state_dict(), model.state_dict())
 
     @torch.no_grad()
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("storage", [torch.uint8, torch.int8, torch.float8_e4m3fn], ids=str)
+    def test_weights_that_are_not_stored_as_they_compute(self, storage, dtype):
+        model, inputs = self.tiny().to(dtype), self.inputs()
+        expected = model(**inputs).condition
+        assert torch.equal(store(model, storage)(**inputs).condition, expected)
+        assert not torch.equal(model(**{**inputs, "tokens": 9 * inputs["tokens"]}).condition, expected)
+
+    @torch.no_grad()
     @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, "cpu"], ids=str)
     def test_device_maps(self, device_map, saved):
         model, folder = saved
@@ -516,7 +525,14 @@ class BackboneTests:
             ({"tokens": torch.zeros(2, 15, 12)}, r"`tokens` has to be of shape \(batch, 16, 12\), got \(2, 15, 12\)"),
             ({"tokens": torch.zeros(2, 16, 8)}, r"`tokens` has to be of shape \(batch, 16, 12\), got \(2, 16, 8\)"),
             ({"tokens": torch.zeros(16, 12)}, r"`tokens` has to be of shape \(batch, 16, 12\), got \(16, 12\)"),
+            ({"tokens": torch.zeros(0, 16, 12)}, r"`tokens` has to be of shape \(batch, 16, 12\), got \(0, 16, 12\)"),
+            ({"tokens": [[0.0]]}, r"`tokens` has to be of shape \(batch, 16, 12\), got list"),
             ({"class_labels": torch.zeros(3).long()}, r"`class_labels` has to be of shape \(2,\), got \(3,\)"),
+            ({"class_labels": [0, 1]}, r"`class_labels` has to be of shape \(2,\), got list"),
+            ({"class_labels": torch.zeros(2)}, "`class_labels` has to be int64, got torch.float32"),
+            ({"class_labels": torch.zeros(2).bool()}, "`class_labels` has to be int64, got torch.bool"),
+            ({"class_labels": torch.tensor([0, -1])}, r"`class_labels` has to lie in 0..3, .* got \[0, -1\]"),
+            ({"class_labels": torch.tensor([4, 0])}, r"`class_labels` has to lie in 0..3, .* got \[4, 0\]"),
         ],
     )
     def test_wrong_inputs(self, change, message):
@@ -548,6 +564,25 @@ class BackboneTests:
 
 
 # Parts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["diffusion", "categorical"])
+def test_layers_that_alone_are_activated_say_so(head):
+    settings = {"num_layers": 1, "hidden_size": 32}
+    model = tiny_model("ar", head_type=head, head_config=settings)
+    given, made = [], []
+    parts = [part for part in model.modules() if hasattr(part, "activated_linear")]
+    assert len(parts) == 3  # two blocks of the backbone, one of the head
+    for part in parts:
+        getattr(part, part.activated_linear).register_forward_hook(lambda _, __, output: made.append(output))
+        part.activation.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    tokens, labels = torch.randn(2, 16, 12, generator=seeded(1)), torch.tensor([0, 2])
+    condition = model(tokens, class_labels=labels, orders=torch.arange(16).expand(2, -1)).condition
+    if head == "categorical":
+        model.head.codebook.fill_(1)
+    model.head.sample(condition=condition, scheduler=TokenDDPMScheduler(), num_steps=2, generator=seeded(2))
+    assert len(given) >= 3 and all(one is other for one, other in zip(given, made, strict=True))
 
 
 @torch.no_grad()

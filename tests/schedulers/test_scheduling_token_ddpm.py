@@ -393,6 +393,19 @@ def test_settings_that_it_does_not_have(settings, message):
         TokenDDPMScheduler(**settings)
 
 
+def test_steps_that_are_set_already_are_kept():
+    scheduler = TokenDDPMScheduler()
+    scheduler.set_timesteps(10)
+    rows, timesteps = scheduler._sampling_rows, scheduler.timesteps
+    scheduler.set_timesteps(10)
+    scheduler.set_timesteps(10, device="cpu")
+    assert scheduler._sampling_rows is rows and scheduler.timesteps is timesteps
+    scheduler.set_timesteps(10, device="meta")
+    assert scheduler.timesteps.is_meta
+    scheduler.set_timesteps(11)
+    assert len(scheduler.timesteps) == 11 and not scheduler.timesteps.is_meta
+
+
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_wrong_numbers_of_steps(steps):
     with pytest.raises(ValueError, match=rf"`num_inference_steps` has to lie in 1\.\.1000, got {steps}"):
