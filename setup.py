@@ -47,11 +47,12 @@ setup(
     keywords="image generation, masked autoregression, diffusion, transformers, diffusers, pytorch",
     package_dir={"": "src"},
     packages=find_packages("src"),
+    py_modules=["mar_hf_command"],
     package_data={"mar_hf": ["py.typed", "checkpoints/**/*"]},
     python_requires=">=3.10",
     install_requires=INSTALL,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["mar-hf = mar_hf.cli:main"]},
+    entry_points={"console_scripts": ["mar-hf = mar_hf_command:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import tempfile
+from contextlib import contextmanager
 
 import pytest
 
@@ -63,6 +64,23 @@ def refused_hosts():
     _refused.clear()
     yield _refused
     assert not _refused, f"the test tried to reach {_refused}"
+
+
+@pytest.fixture
+def full_disk():
+    """`with full_disk(size):` lets no file grow beyond `size` bytes, as if there was no more room."""
+    resource = pytest.importorskip("resource")
+
+    @contextmanager
+    def limit(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 @pytest.fixture

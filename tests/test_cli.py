@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `mar-hf` command, run in this process on a small converted checkpoint."""
 
+import io
+import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,9 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mar_hf import ARConfig, ImageTokenizerConfig, MARPipeline
-from mar_hf.cli import choose_classes, image_generator, main
+from mar_hf.cli import choose_classes, image_generator
 from mar_hf.conversion import convert_checkpoint
 from mar_hf.demo import TEXT_ENCODER_PACKAGE
+from mar_hf_command import main
 from tiny_pipelines import tiny_pipeline, tiny_transformer
 from tiny_texts import TEXT, tiny_text_encoder, tiny_text_tokenizer
 
@@ -209,6 +213,109 @@ def test_generate_refuses(message, options, named, failing, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     failing(message, "generate", named, *options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_are_written_as_they_are_done(named, tmp_path, failing):
+    (tmp_path / "0003-owl-000.png").mkdir()  # where the fourth picture would go
+    few = ["--batch-size", "1", "--num-images-per-class", "1", *FEW_STEPS]
+    failing("0003-owl-000.png", "generate", named, "--output-dir", str(tmp_path), *few)
+    assert [path.name for path in sorted(tmp_path.glob("*")) if path.is_file()] == [
+        "0000-cat-000.png",
+        "0001-dog-000.png",
+        "0002-red-fox-000.png",
+    ]
+
+
+def test_a_full_disk_leaves_the_old_grid(named, tmp_path, failing, full_disk):
+    grid = tmp_path / "g.png"
+    Image.new("RGB", (3, 3), "red").save(grid)
+    before = grid.read_bytes()
+    few = ["--num-images-per-class", "1", "--class-labels", "0", *FEW_STEPS]
+    with full_disk(200):
+        failing(f"File too large: '{grid}'", "generate", named, "--output", str(grid), *few)
+        failing("File too large: ", "generate", named, "--output-dir", str(tmp_path / "folder"), *few)
+        failing("could not be written: ", "convert", MAR, str(tmp_path / "model"), "--config", ARGS)
+    assert grid.read_bytes() == before and [path for path in tmp_path.rglob("*") if path.is_file()] == [grid]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_long_generations_speak(named, tmp_path, monkeypatch, capsys):
+    argv = ["generate", named, "--num-images-per-class", "1", "--batch-size", "4", *FEW_STEPS]
+    argv += ["--output-dir", str(tmp_path)]
+    assert main(argv) == 0
+    assert capsys.readouterr().err == "", "nothing to be told of a few seconds"
+    monkeypatch.setattr("mar_hf.cli.SILENCE", 0.0)
+    assert main(argv) == 0
+    lines = capsys.readouterr().err.splitlines()
+    done = [int(re.fullmatch(r"(\d+) of 10 pictures in \d+ s, \d+ s to go", line)[1]) for line in lines]
+    assert done == [2, 4, 6, 8, 9, 10], "each step of each batch"
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main(argv) == 0
+    assert "100%|" in terminal.getvalue() and "10/10 pictures [" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "/etc/passwd", "", "a\0b", "CON", "x" * 300, "\U0001d51e" * 90, "a/../../b", "\ud800"]
+)
+def test_names_do_not_decide_where_files_land(name, model, tmp_path, monkeypatch):
+    folder = shutil.copytree(model, tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"] = {"0": name, "1": f"{name} 0", "2": "A", "3": "a"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    place = tmp_path / "pictures"
+    few = ["--class-labels", "0", "1", "2", "3", "--num-images-per-class", "2", *FEW_STEPS]
+    assert main(["generate", str(folder), *few, "--output-dir", str(place), "--output", str(place / "grid.png")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "pictures"]
+    found = sorted(path.name for path in place.iterdir())
+    assert len(found) == 9 and found[-1] == "grid.png" and all(path.is_file() for path in place.iterdir())
+    assert [name[:4] for name in found[:-1]] == ["0000", "0000", "0001", "0001", "0002", "0002", "0003", "0003"]
+
+
+def test_grids_have_a_limit(named, failing, tmp_path):
+    grid = ["--output", str(tmp_path / "grid.png")]
+    failing("`--output` would hold 10010 pictures", "generate", named, "--num-images-per-class", "1001", *grid)
+
+
+BROKEN = ["null", "[]", "5", "{", "[" * 10**5, "\xff", '{"_class_name": 5}', '{"transformer": ["mar_hf", "Nosuch"]}']
+WRONG = [
+    ("model_index.json", {"id2label": ["a"]}),
+    ("model_index.json", {"id2label": {"0": None}}),
+    ("model_index.json", {"id2label": {"x": "a"}}),
+    ("model_index.json", {"generation_defaults": [1]}),
+    ("model_index.json", {"transformer": ["torch", "Tensor"]}),
+    ("transformer/config.json", {"architectures": 5, "model_type": ["x"]}),
+    ("transformer/config.json", {"hidden_size": None}),
+    ("transformer/config.json", {"head_config": 5}),
+    ("vae/config.json", {"autoencoder": [1]}),
+    ("vae/config.json", {"autoencoder": {"_class_name": "Nosuch", "latent_channels": 4}}),
+    ("vae/config.json", {"patch_size": 0}),
+    ("scheduler/scheduler_config.json", {"_class_name": "Nosuch"}),
+]
+
+
+@pytest.mark.parametrize("command", ["info", "generate", "export"])
+def test_broken_configurations_are_one_line(command, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(shutil.copytree(model, "model"))
+    rest = {"generate": ["--num-images-per-class", "1", *FEW_STEPS], "export": ["out"], "info": []}[command]
+    files = sorted({file for file, _ in WRONG})
+    cases = [(file, text) for file in files for text in BROKEN]
+    cases += [(file, json.dumps({**json.loads((folder / file).read_text()), **change})) for file, change in WRONG]
+    for file, text in cases:
+        before = (folder / file).read_bytes()
+        (folder / file).write_text(text, encoding="latin-1")
+        code = main([command, "model", *rest])
+        err = capsys.readouterr().err
+        (folder / file).write_bytes(before)
+        # What a command does not need may be broken.
+        assert code == 0 or (code == 2 and err.splitlines()[-1].startswith("mar-hf: error: ")), (file, text, err)
+        assert "Traceback" not in err, (file, text)
+        shutil.rmtree("out", ignore_errors=True)
 
 
 def test_unnamed_classes_are_told(model, failing):

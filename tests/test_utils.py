@@ -1,4 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+import signal
+import stat
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -163,3 +168,168 @@ def test_names_are_written_in_full_on_three_lines():
     three = ink("woman cook: medium-dark skin tone, at the door of a kitchen")
     assert 0 < one < two < three < CELL
     assert ink("woman cook " * 20) < CELL, "the rest is left out"
+
+
+# Writers that are killed, or write at the same time
+
+
+EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree", "fcntl.flock")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+def write_file(dst, text):
+    with atomic_file(dst) as path:
+        path.write_text(text)
+
+
+def write_folder(dst, text, fail=False):
+    with atomic_folder(dst, overwrite=True) as folder:
+        (folder / "sub").mkdir()
+        for name in ("x.txt", "sub/y.txt"):
+            (folder / name).write_text(text)
+        if fail:
+            raise RuntimeError("the body fails")
+
+
+def content(dst):
+    """What a file or a folder holds, None where there is nothing."""
+    if dst.is_dir():
+        return {(dst / name).read_text() for name in ("x.txt", "sub/y.txt")}
+    return {dst.read_text()} if dst.exists() else None
+
+
+def killed_before(number, write):
+    """Write in another process, which kills itself before its `number`-th step in the file system; whether it did."""
+    child = os.fork()
+    if child == 0:
+        left = number
+
+        def count(event, args):
+            nonlocal left
+            if event in EVENTS:
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+
+        sys.addaudithook(count)
+        try:
+            write()
+        finally:
+            os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    return os.WIFSIGNALED(status)
+
+
+@needs_fork
+@pytest.mark.parametrize("write", [write_file, write_folder])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_kill_at_any_moment_leaves_old_or_new_and_nothing_else_after_the_next_write(write, exists, tmp_path):
+    number, kills = 0, 0
+    while True:
+        dst = tmp_path / str(number) / "dst"
+        if exists:
+            write(dst, "old")
+        if not killed_before(number, lambda: write(dst, "new")):
+            break
+        kills += 1
+        allowed = [{"new"}, {"old"} if exists else None]
+        if write is write_folder:
+            assert content(dst) in [*allowed, None]  # between two renames it is at neither place
+            with pytest.raises(RuntimeError):
+                write_folder(dst, "broken", fail=True)
+        assert content(dst) in allowed
+        write(dst, "newer")
+        assert content(dst) == {"newer"}
+        assert names(dst.parent) == ["dst"]
+        number += 1
+    assert kills > 5 and content(dst) == {"new"} and names(dst.parent) == ["dst"]
+
+
+@needs_fork
+def test_a_kill_inside_the_body_is_cleaned_up_by_the_next_write(tmp_path):
+    def write():
+        with atomic_file(tmp_path / "dst") as path:
+            path.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert killed_before(10**6, write)
+    assert [name.startswith(".dst.") for name in names(tmp_path)] == [True]
+    write_file(tmp_path / "other", "x")
+    assert len(names(tmp_path)) == 2, "another target's"
+    write_file(tmp_path / "dst", "whole")
+    assert names(tmp_path) == ["dst", "other"]
+
+
+def test_writers_at_the_same_time_leave_each_other_alone(tmp_path):
+    dst = tmp_path / "dst"
+    with atomic_file(dst) as first:
+        first.write_text("first")
+        with atomic_file(dst) as second, atomic_file(dst) as third:
+            second.write_text("second")
+            third.write_text("third")
+        assert dst.read_text() == "second", "the last to end"
+    assert dst.read_text() == "first" and names(tmp_path) == ["dst"]
+
+
+@needs_fork
+def test_what_several_killed_writers_left_goes_at_once(tmp_path):
+    def write(depth=3):
+        with atomic_folder(tmp_path / "dst") as folder:
+            (folder / "x").touch()
+            write(depth - 1) if depth else os.kill(os.getpid(), signal.SIGKILL)
+
+    assert killed_before(10**6, write)
+    assert len(names(tmp_path)) == 4
+    with atomic_folder(tmp_path / "dst"):
+        assert len(names(tmp_path)) == 1
+    assert names(tmp_path) == ["dst"]
+
+
+# What the old one was
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666])
+def test_permissions_stay(mode, tmp_path):
+    write_file(tmp_path / "new", "x")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "plain").chmod(mode)
+    write_file(tmp_path / "plain", "x")
+    assert stat.S_IMODE((tmp_path / "plain").stat().st_mode) == mode
+    write_folder(tmp_path / "folder", "x")
+    (tmp_path / "folder").chmod(mode | 0o100)
+    write_folder(tmp_path / "folder", "y")
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == mode | 0o100
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_links_are_followed(write, tmp_path):
+    real, link = tmp_path / "there" / "real", tmp_path / "link"
+    link.symlink_to(real)
+    for text in ("one", "two"):
+        write(link, text)
+        assert link.is_symlink() and content(real) == {text}
+    assert names(tmp_path) == ["link", "there"] and names(real.parent) == ["real"]
+
+
+def test_what_is_no_ordinary_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(ValueError, match="no ordinary file"):
+            write_file(place, "x")
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127, ".hidden", "lock", "new", "a b\n[c]*.txt"])
+def test_names_of_any_kind(name, tmp_path):
+    for write in (write_file, write_folder):
+        dst = tmp_path / write.__name__ / name
+        write(dst, "one")
+        write(dst, "two")
+        assert content(dst) == {"two"} and names(dst.parent) == [name]
+
+
+def test_a_full_disk_leaves_the_old_file_and_is_told_with_its_name(tmp_path, full_disk):
+    write_file(tmp_path / "dst", "old")
+    with full_disk(100), pytest.raises(OSError, match="dst"):
+        write_file(tmp_path / "dst", "new" * 1000)
+    assert content(tmp_path / "dst") == {"old"} and names(tmp_path) == ["dst"]

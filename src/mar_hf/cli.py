@@ -1,191 +1,162 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `mar-hf` command: convert and export checkpoints, generate pictures, describe a model."""
+"""What the `mar-hf` command does. Its arguments, and what is refused before this is imported: `mar_hf_command`."""
 
 import argparse
 import hashlib
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from mar_hf_command import SETTINGS, main
 
 from .conversion import ORIGINAL_SCALING_FACTOR, convert_checkpoint, export_checkpoint
 from .conversion.checkpoints import read_config, read_json, weight_files
-from .demo import DEMO_CHECKPOINTS, demo_checkpoint, demo_text_encoder
 from .models import BACKBONES, ARConfig, load_text_encoder
 from .pipelines import MARPipeline
 from .tokenizers import ImageTokenizer, ImageTokenizerConfig
-from .utils import draw_grid
+from .utils import atomic_file, draw_grid
 
 
 FEW_CLASSES = 40
-SETTINGS = ("num_inference_steps", "num_diffusion_steps", "guidance_scale", "temperature")
+GRID_LIMIT = 10_000  # pictures, which are all held until the grid is drawn
+SILENCE = 10.0  # seconds between two lines about a long generation that no terminal shows
+BAR = "{percentage:3.0f}%|{bar}| {n:.0f}/{total} pictures [{elapsed}<{remaining}]"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line, with one sub-command for each thing it does."""
-    parser = argparse.ArgumentParser(prog="mar-hf", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def run(args: argparse.Namespace) -> None:
+    """Do what the arguments say.
 
-    def command(function: Any) -> argparse.ArgumentParser:
-        sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
-        sub.set_defaults(run=function)
-        return sub
-
-    sub = command(convert)
-    sub.add_argument("src", metavar="SRC", help="checkpoint-last.pth, .safetensors, or a KL autoencoder's .ckpt")
-    sub.add_argument("dst", metavar="DST", help="folder to write; must not hold anything yet")
-    sub.add_argument("--vae", metavar="KL", help="the KL autoencoder's file: DST becomes a whole pipeline")
-    sub.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or raw (default: ema)")
-    sub.add_argument("--config", metavar="ORIGINAL_ARGS.json", help="arguments of the original model's constructor")
-    sub.add_argument(
-        "--scaling-factor",
-        type=float,
-        default=ORIGINAL_SCALING_FACTOR,
-        help="what unit-scales the autoencoder's latents (default: %(default)s)",
-    )
-
-    sub = command(export)
-    sub.add_argument("src", metavar="SRC", help="folder of a pipeline, a transformer or an image tokenizer")
-    sub.add_argument("dst", metavar="DST", help="a folder for a pipeline, else a .safetensors, .pth or .ckpt file")
-
-    sub = command(generate)
-    _add_model(sub)
-    sub.add_argument(
-        "--class-labels",
-        nargs="+",
-        metavar="CLASS",
-        help=f"names or numbers (default: all if there are at most {FEW_CLASSES}, else 8 of them)",
-    )
-    sub.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts, for models that take them")
-    sub.add_argument(
-        "--text-encoder",
-        metavar="FOLDER",
-        help="for texts, where the model comes without: folder or hub id (`--demo` finds its own, if installed)",
-    )
-    sub.add_argument(
-        "--num-images-per-class", "--num-images-per-prompt", type=int, default=4, help="(default: %(default)s)"
-    )
-    sub.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    for name in SETTINGS:
-        kind = int if name.endswith("steps") else float
-        sub.add_argument(f"--{name.replace('_', '-')}", type=kind, help="(default: the model's own)")
-    sub.add_argument("--output", type=Path, metavar="FILE.png", help="the labelled grid (default: samples.png)")
-    sub.add_argument("--output-dir", type=Path, metavar="FOLDER", help="one PNG per picture")
-    sub.add_argument("--batch-size", type=int, default=32, help="pictures at a time (default: %(default)s)")
-    sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-
-    sub = command(info)
-    _add_model(sub)
-    return parser
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("model", metavar="MODEL", nargs="?", help="a folder or a hub id")
-    which.add_argument(
-        "--demo",
-        nargs="?",
-        const=True,
-        choices=list(DEMO_CHECKPOINTS),
-        help="a small model that comes with the package (default: emoji; with `--prompt`: text)",
-    )
+    Args:
+        args (`argparse.Namespace`): checked, as `mar_hf_command.main` hands them over.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    {"convert": convert, "export": export, "generate": generate, "info": info}[args.command](args)
 
 
 def convert(args: argparse.Namespace) -> None:
-    """turn an original checkpoint into a folder of this package"""
+    """Turn an original checkpoint into a folder of this package."""
     start = time.perf_counter()
-    convert_checkpoint(args.src, args.dst, args.vae, args.weights, args.config, args.scaling_factor)
+    factor = ORIGINAL_SCALING_FACTOR if args.scaling_factor is None else args.scaling_factor
+    convert_checkpoint(args.src, args.dst, args.vae, args.weights, args.config, factor)
     print(f"{args.dst}: written in {time.perf_counter() - start:.1f} s")
 
 
 def export(args: argparse.Namespace) -> None:
-    """write a saved model or pipeline back under the original's names"""
+    """Write a saved model or pipeline back under the original's names."""
     start = time.perf_counter()
     export_checkpoint(args.src, args.dst)
     print(f"{args.dst}: written in {time.perf_counter() - start:.1f} s")
 
 
 def generate(args: argparse.Namespace) -> None:
-    """draw pictures of some classes or texts, as a labelled grid or as single files"""
+    """Draw pictures of some classes or texts, as a labelled grid or as single files."""
     start = time.perf_counter()
-    if args.output is None and args.output_dir is None:
-        args.output = Path("samples.png")
-    if args.output is not None and args.output.suffix.lower() != ".png":
-        raise ValueError(f"`--output` is {str(args.output)!r}, expected a file ending in .png")
-    for name in ("num_images_per_class", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"`--{name.replace('_', '-')}` is {getattr(args, name)}, it has to be at least 1")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # torch says it with either
-        raise ValueError(f"`--device` is {args.device!r}, which cannot be used here: {error}") from error
-    pipeline = MARPipeline.from_pretrained(_model(args), **_text_encoder(args)).to(args.device)
-    pipeline.set_progress_bar_config(disable=None)  # shown on a terminal only
-
+    pipeline = MARPipeline.from_pretrained(args.model, **_text_encoder(args)).to(_device(args.device))
+    pipeline.set_progress_bar_config(disable=True)  # there is one bar for all
     kind, wanted, names = choose_subjects(pipeline, args.class_labels, args.prompt)
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    jobs = [(index, number) for index in range(len(wanted)) for number in range(args.num_images_per_class)]
+    count = len(wanted) * args.num_images_per_class
+    if args.output is not None and count > GRID_LIMIT:
+        raise ValueError(f"`--output` would hold {count} pictures, at most {GRID_LIMIT} fit: `--output-dir` takes all")
     images = []
-    for first in range(0, len(jobs), args.batch_size):
-        batch = jobs[first : first + args.batch_size]
-        generators = [image_generator(args.seed, wanted[index], number) for index, number in batch]
-        subjects = {kind: [wanted[index] for index, _ in batch]}
-        images += pipeline(**subjects, generator=generators, **settings).images
-
-    written = []
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        draw_grid(images, names).save(args.output)
-        written.append(str(args.output))
-    if args.output_dir is not None:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        for (index, number), image in zip(jobs, images, strict=True):
-            slug = re.sub(r"\W+", "-", names[index]).strip("-")[:80]
+    for index, number, image in _pictures(pipeline, kind, wanted, args):
+        if args.output is not None:
+            images.append(image)
+        if args.output_dir is not None:
             place = wanted[index] if kind == "class_labels" else index
-            image.save(args.output_dir / f"{place:04d}-{slug}-{number:03d}.png")
-        written.append(f"{args.output_dir}/")
-    print(f"{len(images)} pictures in {time.perf_counter() - start:.1f} s: {', '.join(written)}")
+            with atomic_file(args.output_dir / _file_name(place, names[index], number)) as path:
+                image.save(path)
+    if args.output is not None:
+        with atomic_file(args.output) as path:
+            draw_grid(images, names).save(path)
+    written = [str(args.output)] * (args.output is not None) + [f"{args.output_dir}/"] * (args.output_dir is not None)
+    print(f"{count} pictures in {time.perf_counter() - start:.1f} s: {', '.join(written)}")
+
+
+def _pictures(
+    pipeline: MARPipeline, kind: str, wanted: list[int] | list[str], args: argparse.Namespace
+) -> Iterator[tuple[int, int, Image.Image]]:
+    """Place of the subject, number and picture, as they are done, batch after batch."""
+    total = len(wanted) * args.num_images_per_class
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    with _progress(total) as tell:
+        for first in range(0, total, args.batch_size):
+            last = min(first + args.batch_size, total)
+            batch = [divmod(job, args.num_images_per_class) for job in range(first, last)]
+
+            def count(pipeline: MARPipeline, step: int, *_: Any, first: int = first, last: int = last) -> dict:
+                tell(first + (last - first) * (step + 1) / pipeline.num_timesteps)
+                return {}
+
+            images = pipeline(
+                **{kind: [wanted[index] for index, _ in batch]},
+                generator=[image_generator(args.seed, wanted[index], number) for index, number in batch],
+                callback_on_step_end=count,
+                callback_on_step_end_tensor_inputs=[],
+                **settings,
+            ).images
+            for (index, number), image in zip(batch, images, strict=True):
+                yield index, number, image
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[float], None]]:
+    """What takes the number of pictures done and tells of it: a bar on a terminal, elsewhere a line now and then."""
+    if sys.stderr.isatty():
+        with tqdm(total=total, bar_format=BAR, file=sys.stderr) as bar:
+            yield lambda done: bar.update(done - bar.n)
+        return
+    start = told = time.perf_counter()
+
+    def tell(done: float) -> None:
+        nonlocal told
+        now = time.perf_counter()
+        if now - told >= SILENCE:
+            told = now
+            left = (now - start) * (total - done) / done
+            print(f"{int(done)} of {total} pictures in {now - start:.0f} s, {left:.0f} s to go", file=sys.stderr)
+
+    yield tell
+
+
+def _file_name(place: int, name: str, number: int) -> str:
+    """The numbers make it unique; of the name, which may be anything, there are letters and digits only."""
+    slug = re.sub(r"\W+", "-", name).strip("-")[:80].encode()[:160].decode(errors="ignore")
+    return "-".join(part for part in (f"{place:04d}", slug, f"{number:03d}.png") if part)
+
+
+def _device(name: str | None) -> str:
+    """The device asked for, which has to work, or the one to be taken."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch says it with either
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"`--device` is {name!r}, which cannot be used here: {reason}") from error
+    return name
 
 
 def info(args: argparse.Namespace) -> None:
-    """describe a model: components, sizes, geometry, scheduler, saved defaults, classes"""
-    model = _model(args)
-    folder = Path(model if Path(model).is_dir() else MARPipeline.download(model))
+    """Describe a model: components, sizes, geometry, scheduler, saved defaults, classes."""
+    folder = Path(args.model if Path(args.model).is_dir() else MARPipeline.download(args.model))
     print("\n".join(f"{key:<13}{value}".rstrip() for key, value in describe(folder)))
 
 
-def _demo(args: argparse.Namespace) -> str | None:
-    """Name of the demo; where only `--demo` is said, the one that takes what is asked for."""
-    if args.demo is True:
-        return "emoji" if vars(args).get("prompt") is None else "text"
-    return args.demo
-
-
-def _model(args: argparse.Namespace) -> str:
-    demo = _demo(args)
-    return args.model if demo is None else demo_checkpoint(demo)
-
-
 def _text_encoder(args: argparse.Namespace) -> dict[str, Any]:
-    if args.prompt is None:
-        if args.text_encoder is not None:
-            raise ValueError("`--text-encoder` goes with `--prompt`")
+    if args.text_encoder is None:
         return {}
-    source = args.text_encoder
-    if source is None and _demo(args) == "text":
-        try:
-            source = demo_text_encoder()
-        except ImportError as error:
-            raise ValueError(error) from error
-    return {} if source is None else dict(zip(("text_encoder", "tokenizer"), load_text_encoder(source), strict=True))
+    return dict(zip(("text_encoder", "tokenizer"), load_text_encoder(args.text_encoder), strict=True))
 
 
 def choose_subjects(
@@ -202,11 +173,9 @@ def choose_subjects(
         the pipeline's argument, its values, and what to call each of them.
 
     Raises:
-        ValueError: if both or, for a model that knows no classes, none are given.
+        ValueError: if the model knows no classes and no texts are given, or a class is unknown.
     """
     if prompts is not None:
-        if class_labels is not None:
-            raise ValueError("`--prompt` and `--class-labels` do not go together here")
         return "prompt", list(prompts), list(prompts)
     if pipeline.transformer.config.num_classes == 0:
         raise ValueError("this model knows no classes: give it a `--prompt`")
@@ -266,7 +235,9 @@ def describe(folder: Path) -> list[tuple[str, str]]:
     parts = {"": folder}
     if index:
         parts = {
-            key: folder / key for key, value in index.items() if isinstance(value, list) and (folder / key).is_dir()
+            key: folder / key
+            for key, value in index.items()
+            if isinstance(value, list) and key.isidentifier() and (folder / key).is_dir()
         }
     configs = {key: _json(part / "config.json") for key, part in parts.items()}
     if not any(configs.values()):
@@ -274,17 +245,20 @@ def describe(folder: Path) -> list[tuple[str, str]]:
     rows = [("model", f"{index.get('_class_name', 'one component')} in {folder}")]
     for key, part in parts.items():
         config = configs[key] or _json(part / "scheduler_config.json")
-        name = config.get("_class_name") or " ".join(config.get("architectures") or ["?"])
+        name = str(config.get("_class_name") or "") or " ".join(map(str, config.get("architectures") or "?"))
         rows.append((key or "component", f"{name:<24}{_size(part) if configs[key] else ''}"))
-    by_type = {config.get("model_type"): parts[key] for key, config in configs.items()}
+    by_type = {str(config.get("model_type")): parts[key] for key, config in configs.items()}
     transformer = next((part for name, part in by_type.items() if name in BACKBONES), None)
     rows += _geometry(transformer, by_type.get(ImageTokenizerConfig.model_type))
     if scheduler := _json(folder / "scheduler" / "scheduler_config.json"):
         rows.append(("timesteps", _settings(scheduler)))
+    for name in ("generation_defaults", "id2label"):
+        if not isinstance(index.get(name) or {}, dict):
+            raise ValueError(f"{folder / 'model_index.json'}: `{name}` has to be an object, got {index[name]!r}")
     if defaults := index.get("generation_defaults"):
         rows.append(("defaults", _settings(defaults)))
     if names := index.get("id2label"):
-        few = f": {', '.join(names.values())}" if len(names) <= FEW_CLASSES else ""
+        few = f": {', '.join(map(str, names.values()))}" if len(names) <= FEW_CLASSES else ""
         rows.append(("classes", f"{len(names)}{few}"))
     return rows
 
@@ -337,26 +311,6 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _settings(values: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items() if not key.startswith("_"))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the `mar-hf` command.
-
-    Args:
-        argv (`Sequence[str]`, *optional*): the arguments; None takes those of the process.
-
-    Returns:
-        `int`: 0, or 2 after an error, which is told in one line on the standard error output.
-    """
-    args = build_parser().parse_args(argv)
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
-    try:
-        args.run(args)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        print("mar-hf:", *str(error).split(), file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":

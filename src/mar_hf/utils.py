@@ -1,20 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small things that several modules need."""
 
+import errno
+import hashlib
 import os
+import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed writer leaves stays there
+    fcntl = None
+
 MAX_ROWS = 16  # of a grid; more go into blocks side by side
 CELL = 96  # smaller pictures are enlarged to at least this in the grid, by whole factors
+
+# Of the folders in which things are written: their ending, how many may stand beside one target, the file in each.
+_PARTIAL, _WRITERS, _LOCK = ".mar_hf-partial", 8, "lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LONGEST_NAME = 200  # bytes; most file systems take 255
 
 
 def look_up(table: dict[str, Any], name: str, argument: str) -> Any:
@@ -83,12 +95,109 @@ def draw(
     return torch.cat(drawn, dim).to(device)
 
 
+def _try_lock(file: BinaryIO) -> bool | None:
+    """Take a file's lock, which ends with the process: True; False if another has it, None if there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems
+        return None
+    return True
+
+
+def _claim(holder: Path) -> BinaryIO | None:
+    """The locked file that makes a holder this writer's own; None if another writer may live in it."""
+    while True:
+        try:
+            holder.mkdir(mode=0o700)
+            new = True
+        except FileExistsError:
+            new = False
+        try:
+            lock = open(holder / _LOCK, "ab")
+        except FileNotFoundError:  # its writer has just removed it
+            continue
+        except PermissionError:  # somebody else's
+            return None
+        locked = _try_lock(lock)
+        if locked is None and new:
+            return lock
+        with suppress(FileNotFoundError):
+            # Not the one of a writer that ended between the two lines above.
+            if locked and os.path.samestat(os.fstat(lock.fileno()), os.stat(holder / _LOCK)):
+                return lock
+        lock.close()
+        if not locked:
+            return None
+
+
+def _empty(holder: Path, target: Path) -> None:
+    """Remove what a killed writer of `target` left in its holder, but for the lock."""
+    new, old = holder / "new", holder / "old"
+    if new.exists() and old.exists() and not target.exists():
+        new.rename(target)  # killed between the two renames of `atomic_folder`: the new folder is complete
+    for folder in (new, old):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(holder: Path, target: Path, lock: BinaryIO) -> None:
+    """Remove a holder, its lock last: at whatever moment this is killed, the next writer can go on with it."""
+    _empty(holder, target)
+    if fcntl is None:
+        lock.close()  # Windows removes no open file
+    with suppress(OSError):  # another writer has come into it
+        (holder / _LOCK).unlink()
+        holder.rmdir()
+    lock.close()
+
+
+@contextmanager
+def _holder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` for what is to take its place: gone afterwards, and with it those of killed writers.
+
+    Missing parents are made. While the writer lives it holds a lock in this folder, so that others leave it alone.
+    """
+    name = target.name
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mine = lock = None
+    # Few fixed names: nobody has to list a folder of many files to find what was left there.
+    for number in range(_WRITERS):
+        holder = target.with_name(f".{name}{_PARTIAL}{number or ''}")
+        if mine is not None and not holder.exists():
+            continue
+        claimed = _claim(holder)
+        if claimed is None:
+            continue
+        if mine is None:
+            mine, lock = holder, claimed
+            _empty(holder, target)
+        else:
+            _remove(holder, target, claimed)
+    if mine is None:
+        left = target.with_name(f".{name}{_PARTIAL}*")
+        raise OSError(errno.EBUSY, f"others write it too, or left behind what has to be removed by hand: {left}")
+    try:
+        yield mine
+    except OSError as error:
+        if error.errno in _FULL and error.filename is None:
+            error.filename = str(target)  # whoever writes in pieces does not know where to
+        raise
+    finally:
+        _remove(mine, target, lock)
+
+
 @contextmanager
 def atomic_folder(dst: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """Write a folder completely or not at all.
 
     The body fills a new empty folder on the same file system. When it ends, that folder is renamed to `dst`; when it
-    raises, everything it wrote is removed and what stood at `dst` before is untouched.
+    raises, everything it wrote is removed and what stood at `dst` before is untouched. What a killed process left
+    half-written goes away with the next write to the same `dst`. A link is followed: what it leads to is written.
 
     Args:
         dst (`str` or `os.PathLike`): the folder to write. Missing parents are made.
@@ -112,12 +221,13 @@ def atomic_folder(dst: str | os.PathLike, overwrite: bool = False) -> Iterator[P
         raise ValueError(
             f"`dst` must be a new or an empty folder unless `overwrite=True`, but {str(target)!r} holds files"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
     # New and old folder share a holder next to `dst`: both moves are renames, and one clean-up removes either.
-    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as holder:
-        new, old = Path(holder, "new"), Path(holder, "old")
+    with _holder(target) as holder:
+        new, old = holder / "new", holder / "old"
         new.mkdir()
         yield new
+        if target.exists():
+            shutil.copymode(target, new)
         if overwrite and target.exists():
             target.rename(old)
         elif target.exists():
@@ -134,8 +244,9 @@ def atomic_folder(dst: str | os.PathLike, overwrite: bool = False) -> Iterator[P
 def atomic_file(dst: str | os.PathLike) -> Iterator[Path]:
     """Write a file completely or not at all.
 
-    The body writes to a path beside `dst`. When it ends, that file takes the place of `dst`; when it raises, it is
-    removed and what stood at `dst` before is untouched.
+    The body writes to a path beside `dst`. When it ends, that file takes the place of `dst`, with the permissions that
+    the old one had; when it raises, it is removed and what stood at `dst` before is untouched. What a killed process
+    left half-written goes away with the next write to the same `dst`. A link is followed: its file is written.
 
     Args:
         dst (`str` or `os.PathLike`): the file to write. Missing parents are made.
@@ -144,19 +255,25 @@ def atomic_file(dst: str | os.PathLike) -> Iterator[Path]:
         `pathlib.Path`: the path to write to; it ends as `dst` does, since Pillow, numpy and others look at that.
 
     Raises:
-        `ValueError`: if `dst` is a folder.
+        `ValueError`: if `dst` is a folder, or something else that is no ordinary file.
+        `OSError`: if it may not be written.
 
     Example:
         >>> with atomic_file("grid.png") as path:
         ...     image.save(path)
     """
-    target = Path(dst)
-    if target.is_dir():
-        raise ValueError(f"`dst` must be a file, but {str(target)!r} is a folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as holder:
-        partial = Path(holder, target.name)
+    target = Path(dst).resolve()
+    if target.exists() and not target.is_file():
+        kind = "a folder" if target.is_dir() else "no ordinary file"
+        raise ValueError(f"`dst` must be a file, but {str(target)!r} is {kind}")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+    with _holder(target) as holder:
+        partial = holder / "new" / target.name
+        partial.parent.mkdir()
         yield partial
+        if target.exists():
+            shutil.copymode(target, partial)
         os.replace(partial, target)
 
 
@@ -176,6 +293,7 @@ def draw_grid(images: Sequence[Image.Image], names: Sequence[str]) -> Image.Imag
     factor = max(1, -(-CELL // images[0].width))
     width, height = images[0].width * factor, images[0].height * factor
     font = ImageFont.load_default(size=16)
+    names = [name.encode(errors="replace").decode() for name in names]  # lone surrogates can't be drawn
     texts = [textwrap.fill(name, 28, max_lines=3, placeholder="...") for name in names]
     left = max(round(font.getlength(line)) for text in texts for line in text.split("\n")) + 4 * gap
     block = left + columns * (width + gap)

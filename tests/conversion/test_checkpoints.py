@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -371,7 +372,177 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 
+# Small files that ask for much
+
+
+@pytest.fixture
+def asks_for(broken, tmp_path, mar, kl):
+    """Convert a file with tensors besides the right ones; the error's text."""
+
+    def convert(message, extra, source="mar", **options):
+        path = tmp_path / f"{source}.safetensors"
+        save_file({**({"mar": mar["model"], "kl": kl}[source]), **extra}, path)
+        broken(message, **{source: path}, **options)
+
+    return convert
+
+
+@pytest.mark.parametrize(
+    "prefix", ["encoder_blocks.", "decoder_blocks.", "diffloss.net.res_blocks.", "module.encoder_blocks."]
+)
+@pytest.mark.parametrize("end", ["x", "norm1.weight"])
+def test_numbers_that_ask_for_endless_layers(prefix, end, asks_for):
+    plain = prefix.removeprefix("module.")
+    message = rf"mar.safetensors: missing tensors: {plain}2, while there is {plain}1000000000$"
+    asks_for(message, {f"{prefix}1000000000.{end}": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("encoder.down.1000000000.x", "missing tensors: encoder.down.5, while there is encoder.down.1000000000"),
+        ("encoder.down.0.block.1000000000.x", "missing tensors: encoder.down.0.block.1, while there is"),
+        ("encoder.down.3.block.1000000000.x", r"encoder.down.3 has the blocks \[0, 1000000000\], expected 1"),
+        ("decoder.up.0.block.1000000000.x", r"decoder.up.0 has the blocks \[0, 1, 1000000000\], expected 2"),
+        ("decoder.up.1000000000.block.0.x", "there is decoder.up.1000000000, but there are 5 levels"),
+        ("decoder.up.1000000000.x", "with no place in the model: decoder.up.1000000000.x"),
+        ("encoder.down.00.attn.0.x", "no place in the model: encoder.down.00.attn.0.x"),
+    ],
+)
+def test_numbers_that_ask_for_endless_levels(name, message, asks_for):
+    asks_for(f"kl.safetensors: .*{message}", {name: torch.zeros(1)}, "kl")
+
+
+def test_many_layers_with_one_tensor_each(asks_for):
+    extra = {f"encoder_blocks.{number}.norm1.weight": torch.zeros(1) for number in range(2, 3000)}
+    config = {"encoder_num_heads": 4, "decoder_num_heads": 4}
+    asks_for("missing tensors: encoder_blocks.10.attn.proj.bias, .* and 32966 more$", extra, config=config)
+
+
+def test_many_levels_with_many_blocks(asks_for):
+    extra = {f"encoder.down.{n}.block.0.conv1.weight": torch.zeros(1, 1, 1, 1) for n in range(5, 1000)}
+    extra |= {f"encoder.down.0.block.{n}.x": torch.zeros(1) for n in range(1, 1000)}
+    asks_for(r"encoder.down.1 has the blocks \[0\], expected 1000", extra, "kl")
+
+
+@pytest.mark.parametrize(
+    "tensor, message",
+    [
+        (torch.zeros(1).expand(10**6, 10**6), "the tensors claim 400000.* bytes, but the file has"),
+        (torch.zeros(1).expand(10**9), "the tensors claim 40.* bytes, but the file has"),
+        (torch.zeros(0, 10**12), "weights are floating-point numbers, and at least one; no weights: z_proj.weight"),
+        (torch.zeros(32, 8, dtype=torch.int64), "no weights: z_proj.weight"),
+        (torch.zeros(32, 8, dtype=torch.bool), "no weights: z_proj.weight"),
+        (torch.zeros(10**6, 10**6, device="meta"), "not tensors: z_proj.weight"),
+        (torch.zeros(2, 2).to_sparse(), "not tensors: z_proj.weight"),
+    ],
+)
+def test_tensors_that_claim_more_than_there_is(tensor, message, broken, tmp_path):
+    path = changed(MAR, tmp_path / "mar.pth", lambda s: s.update({"z_proj.weight": tensor}))
+    broken(f"mar.pth: .*{message}", mar=path)
+
+
+def test_archives_that_unpack_to_more_than_the_file(broken, tmp_path):
+    torch.save({"model": {"z_proj.weight": torch.zeros(10**6)}}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain:
+        with zipfile.ZipFile(tmp_path / "mar.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+            for name in plain.namelist():
+                packed.writestr(name, plain.read(name))
+    assert (tmp_path / "mar.pth").stat().st_size < 10**5
+    broken(r"mar.pth: refused: a compressed archive, which unpacks to 4\d{6} bytes", mar=tmp_path / "mar.pth")
+
+
+def test_arguments_nested_without_end(broken, tmp_path):
+    (tmp_path / "args.json").write_text("[" * 10**5)
+    broken("args.json: is nested too deeply", config=tmp_path / "args.json")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("encoder_depth", 10**9),
+        ("encoder_num_heads", 10**9),
+        ("encoder_num_heads", True),
+        ("encoder_num_heads", 4.0),
+        ("encoder_num_heads", "4"),
+        ("patch_size", 0),
+        ("patch_size", None),
+        ("vae_stride", -16),
+        ("mlp_ratio", float("nan")),
+        ("label_drop_prob", 1.5),
+        ("attn_dropout", [0.1]),
+        ("num_sampling_steps", "1000000000"),
+        ("num_sampling_steps", "0"),
+        ("num_sampling_steps", "1" * 5000),
+    ],
+)
+def test_arguments_out_of_range(name, value, args, broken):
+    broken(f"the original argument {name} is ", config={**args, name: value})
+
+
+# Names of wrapped models
+
+
+def test_names_of_wrapped_models(mar, kl, tmp_path):
+    def wrap(name):
+        return "module._orig_mod." + name.replace("_blocks.1.", "_blocks.1._orig_mod.").replace(
+            ".mid.", ".mid.module."
+        )
+
+    for source, tensors, config in (("mar", mar["model_ema"], ARGS), ("kl", kl, None)):
+        torch.save({"model_ema": {wrap(name): tensor for name, tensor in tensors.items()}}, tmp_path / source)
+        folder = convert_checkpoint(tmp_path / source, tmp_path / f"{source}-ours", config=config)
+        assert_identical(read(export_checkpoint(folder, tmp_path / f"{source}.safetensors")), tensors)
+
+
+def test_two_tensors_of_one_name(mar, broken, tmp_path):
+    path = changed(MAR, tmp_path / "mar.pth", lambda s: s.update({"module.mask_token": s["mask_token"]}))
+    broken("mar.pth: mask_token is there twice, the second time as module.mask_token", mar=path)
+
+
+# Places that cannot be written
+
+
+def test_a_full_disk_while_converting(broken, full_disk):
+    with full_disk(10_000):
+        broken("pipeline: could not be written: ", error=OSError)
+
+
+@pytest.mark.parametrize("part, dst", [("transformer", "x.safetensors"), ("transformer", "x.pth"), ("", "x")])
+def test_a_full_disk_while_exporting(part, dst, pipeline_folder, full_disk, tmp_path):
+    with full_disk(10_000), pytest.raises(OSError, match="could not be written: "):
+        export_checkpoint(pipeline_folder / part, tmp_path / dst)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_source_is_no_place_to_write(tmp_path):
+    source = Path(shutil.copy(KL, tmp_path / "kl.ckpt"))
+    for dst in (source, source / "inside"):
+        with pytest.raises((ValueError, OSError), match="kl.ckpt"):
+            convert_checkpoint(source, dst)
+    assert source.read_bytes() == KL.read_bytes() and len(list(tmp_path.iterdir())) == 1
+
+
 # Exports that cannot be
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{}", "`weight_map` has to be an object, got None"),
+        ('{"weight_map": ["a.safetensors"]}', "`weight_map` has to be an object"),
+        ('{"weight_map": {"a": "../../a.safetensors"}}', "weights are .safetensors files beside the index"),
+        ('{"weight_map": {"a": "/a.safetensors"}}', "weights are .safetensors files beside the index"),
+        ('{"weight_map": {"a": "w.bin"}}', "files beside the index, not 'w.bin'"),
+        ('{"weight_map": {"a": 5}}', "files beside the index, not '5'"),
+        ("null", "holds a NoneType, expected a JSON object"),
+    ],
+)
+def test_indices_that_lead_elsewhere(content, message, pipeline_folder, tmp_path):
+    folder = shutil.copytree(pipeline_folder / "transformer", tmp_path / "transformer")
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=f"model.safetensors.index.json: .*{message}"):
+        export_checkpoint(folder, tmp_path / "out.pth")
 
 
 @pytest.mark.parametrize("part, dst", [("", "out.pth"), ("transformer", "out"), ("vae", "out.bin")])

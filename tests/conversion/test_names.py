@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mar_hf.conversion.names import (
+    WRAPPERS,
     convert_kl_state_dict,
     convert_mar_state_dict,
     export_kl_state_dict,
     export_mar_state_dict,
+    mar_names,
+    unwrapped,
 )
 
 
@@ -82,6 +87,11 @@ def test_mar_names():
     assert list(convert_mar_state_dict({**original, "fake_latent": torch.zeros(1, 1)})) == list(names.values())
 
 
+def test_the_names_of_all_tensors(mar):
+    assert mar_names(2, 2, 2) == set(mar)
+    assert len(mar_names(3, 2, 2)) == len(mar) + 12
+
+
 def test_kl_of_the_released_geometry():
     ours = meta_autoencoder()
     original = shapes(export_kl_state_dict(ours))
@@ -132,3 +142,27 @@ def test_attention_that_is_no_1x1_convolution_is_refused(kl):
     name = "encoder.mid.attn_1.q.weight"
     with pytest.raises(ValueError, match=rf"{name} has shape \(32, 32, 3, 3\), expected a 1x1 convolution"):
         convert_kl_state_dict({**kl, name: torch.zeros(32, 32, 3, 3)})
+
+
+@given(data=st.data())
+def test_whatever_wraps_a_model_leaves_its_names(data, mar):
+    """At any depth: blocks are compiled one by one."""
+    parts = st.lists(st.sampled_from(WRAPPERS), max_size=2)
+    before, behind_the_name, behind_the_number = (data.draw(parts) for _ in range(3))
+
+    def wrap(name):
+        first, *rest = name.split(".")
+        return ".".join([*before, first, *behind_the_name, *rest[:1], *behind_the_number, *rest[1:]])
+
+    assert list(unwrapped({wrap(name): tensor for name, tensor in mar.items()})) == list(mar)
+
+
+@pytest.mark.slow
+def test_names_of_compiled_and_distributed_models_by_torch_itself():
+    model = torch.nn.ModuleDict({"z_proj": torch.nn.Linear(1, 1), "encoder_blocks": torch.nn.Sequential()})
+    block = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    model["encoder_blocks"].append(block)
+    names = list(model.state_dict())
+    model["encoder_blocks"][0] = torch.compile(block)
+    wrapped = torch.compile(torch.nn.DataParallel(model)).state_dict()
+    assert list(wrapped) != names and list(unwrapped(wrapped)) == names

@@ -8,18 +8,17 @@ names of the tensors are in `names`, the configurations in `configs`.
 import argparse
 import json
 import logging
-import os
+import math
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
@@ -28,9 +27,10 @@ from ..models import MARConfig, MARForImageGeneration
 from ..pipelines import MARPipeline
 from ..schedulers import TokenDDPMScheduler
 from ..tokenizers import ImageTokenizer, ImageTokenizerConfig
-from ..utils import atomic_folder
+from ..utils import atomic_file, atomic_folder
 from .configs import (
     ORIGINAL_SCALING_FACTOR,
+    check_arguments,
     fit_patch_size,
     generation_defaults,
     infer_kl_config,
@@ -44,6 +44,8 @@ from .names import (
     export_kl_state_dict,
     export_mar_state_dict,
     listed,
+    mar_names,
+    unwrapped,
 )
 
 
@@ -70,7 +72,10 @@ def _naming(path: Path) -> Iterator[None]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; a `ValueError` naming the file if it holds anything else."""
     with _naming(path):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except RecursionError as error:
+            raise ValueError("is nested too deeply") from error
         if not isinstance(content, dict):
             raise ValueError(f"holds a {type(content).__name__}, expected a JSON object")
     return content
@@ -83,13 +88,24 @@ def read_config(folder: Path, config_class: type[_Config]) -> _Config:
     with _naming(path):
         try:
             return config_class.from_dict(content)
-        except StrictDataclassError as error:
+        except Exception as error:  # wrong values set off all kinds before they are found to be wrong
             raise ValueError(str(error)) from error
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive that unpacks to more than the file: what torch writes is not compressed."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    size = sum(entry.file_size for entry in entries)
+    if size > path.stat().st_size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError(f"refused: a compressed archive, which unpacks to {size} bytes")
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The content of a checkpoint file, memory-mapped; of a pickle tensors and an argparse namespace, nothing else."""
-    if path.suffix == ".safetensors":
+    if path.exists() and not path.is_file():
+        raise ValueError("is no file")
+    if path.suffix.lower() == ".safetensors":
         try:
             return load_file(path)
         except SafetensorError as error:
@@ -97,12 +113,16 @@ def _read(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"  # torch's older format cannot be mapped
     try:
+        if zipped:
+            _check_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds {found[1]}, and " if found else ""
         raise ValueError(f"refused: {reason}only tensors and an argparse.Namespace may be in the pickle") from error
+    except ValueError:
+        raise
     except Exception as error:  # an unpickler fails on broken bytes in any way there is
         raise ValueError("truncated or no PyTorch checkpoint") from error
     if not isinstance(content, dict):
@@ -116,31 +136,61 @@ def _read_state_dict(path: Path, weights: str) -> StateDict:
     sought = ("model_ema", "model", "state_dict") if weights == "ema" else ("model", "state_dict")
     key = next((name for name in sought if isinstance(content.get(name), dict)), None)
     tensors = content[key] if key else content
-    if weights == "ema" and key == "model" and _MAR_MARK in tensors:
-        raise ValueError(f"no averaged weights under `model_ema`, only {sorted(content)}: choose weights='model'")
-    if wrong := [str(name) for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
+    if wrong := [str(name) for name, value in tensors.items() if not (isinstance(name, str) and _is_plain(value))]:
         raise ValueError(f"no state dict, neither bare nor under {sought}; not tensors: {listed(wrong)}")
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if size > path.stat().st_size:  # views of a few numbers can claim any shape
+        raise ValueError(f"the tensors claim {size} bytes, but the file has {path.stat().st_size}")
+    tensors = unwrapped(tensors)
+    if weights == "ema" and key == "model" and _MAR_MARK in tensors:
+        found = sorted(map(str, content))
+        raise ValueError(f"no averaged weights under `model_ema`, only {found}: choose weights='model'")
     return tensors
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether something is an ordinary tensor with its numbers in memory."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+
+
+def _check_weights(original: Mapping[str, torch.Tensor]) -> None:
+    """Stop with a `ValueError` if something can't be a weight."""
+    if wrong := [name for name, tensor in original.items() if not tensor.is_floating_point() or not tensor.numel()]:
+        raise ValueError(f"weights are floating-point numbers, and at least one; no weights: {listed(wrong)}")
+
+
+def _compare_names(found: Iterable[str], expected: Iterable[str]) -> list[str]:
+    """What is missing and what is left over, for a message."""
+    found, expected = set(found), set(expected)
+    problems = []
+    if missing := expected - found:
+        problems.append(f"missing tensors: {listed(missing)}")
+    if extra := found - expected:
+        problems.append(f"tensors with no place in the model: {listed(extra)}")
+    return problems
 
 
 def _compare(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     """Stop with a `ValueError` unless both hold the same names and shapes."""
-    problems = []
-    if missing := expected.keys() - found.keys():
-        problems.append(f"missing tensors: {listed(missing)}")
-    if extra := found.keys() - expected.keys():
-        problems.append(f"tensors with no place in the model: {listed(extra)}")
-    wrong = [
+    problems = _compare_names(found, expected)
+    problems += [
         f"{name} has shape {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
         for name in sorted(found.keys() & expected.keys())
         if found[name].shape != expected[name].shape
     ]
-    if problems := problems + wrong:
+    if problems:
         raise ValueError("; ".join(problems))
 
 
 def _build_transformer(original: StateDict, original_args: Mapping[str, Any] | None) -> MARForImageGeneration:
+    _check_weights(original)
     config = infer_mar_config(original, original_args)
+    # Before the model is built: it is as large as the names say, and there may be few tensors behind them.
+    layers = (config.num_encoder_layers, config.num_decoder_layers, config.head_config["num_layers"])
+    if problems := _compare_names(original, mar_names(*layers)):
+        raise ValueError("; ".join(problems))
     with torch.device("meta"):
         model = MARForImageGeneration(config)
     _compare(original, export_mar_state_dict(model.state_dict()))
@@ -155,6 +205,7 @@ def _build_tokenizer(original: StateDict, patch_size: int, scaling_factor: float
             len(training),
         )
     original = {name: tensor for name, tensor in original.items() if not name.startswith("loss.")}
+    _check_weights(original)
     with torch.device("meta"):
         autoencoder = AutoencoderKL.from_config(infer_kl_config(original, scaling_factor))
     _compare(original, export_kl_state_dict(autoencoder.state_dict()))
@@ -164,8 +215,18 @@ def _build_tokenizer(original: StateDict, patch_size: int, scaling_factor: float
 
 def _read_arguments(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
     if config is None or isinstance(config, Mapping):
-        return dict(config or {})
-    return read_json(Path(config))
+        return check_arguments(dict(config or {}))
+    with _naming(Path(config)):
+        return check_arguments(read_json(Path(config)))
+
+
+@contextmanager
+def _writing(dst: Path) -> Iterator[None]:
+    """Tell with one kind of error, and with the name, that a file can't be written: the disk is full, for instance."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise OSError(f"{dst}: could not be written: {error}") from error
 
 
 def convert_checkpoint(
@@ -207,7 +268,7 @@ def convert_checkpoint(
     """
     if weights not in ("ema", "model"):
         raise ValueError(f"`weights` is {weights!r}, allowed are 'ema' and 'model'")
-    if not scaling_factor > 0:
+    if not 0 < scaling_factor < math.inf:
         raise ValueError(f"`scaling_factor` is {scaling_factor}, it has to be above 0")
     src, dst = Path(src), Path(dst)
     original_args = _read_arguments(config)
@@ -231,7 +292,8 @@ def convert_checkpoint(
                 scheduler=TokenDDPMScheduler(max_timestep=999),
                 generation_defaults=generation_defaults(transformer.config, original_args),
             )
-        model.save_pretrained(folder)
+        with _writing(dst):
+            model.save_pretrained(folder)
     return dst
 
 
@@ -239,7 +301,14 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a saved model, in one piece or in shards; none if it holds no weights."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        with _naming(index):
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"`weight_map` has to be an object, got {weight_map!r:.100}")
+            shards = [str(name) for name in weight_map.values()]
+            if wrong := [name for name in shards if not re.fullmatch(r"[^/\\]+\.safetensors", name)]:
+                raise ValueError(f"weights are .safetensors files beside the index, not {wrong[0]!r}")
+        return [folder / name for name in sorted(set(shards))]
     return [path for path in [folder / "model.safetensors"] if path.exists()]
 
 
@@ -290,13 +359,11 @@ def _export_tokenizer(folder: Path) -> tuple[StateDict, ImageTokenizerConfig]:
 
 def _write(path: Path, state_dict: StateDict, keys: tuple[str, ...]) -> None:
     """Write a file whole or not at all: bare as `.safetensors`, else under `keys`, all of them the same tensors."""
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as holder:
-        partial = Path(holder, path.name)
+    with _writing(path), atomic_file(path) as partial:
         if path.suffix == ".safetensors":
             save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, partial)
         else:
             torch.save(dict.fromkeys(keys, state_dict), partial)
-        os.replace(partial, path)
 
 
 def _model_type(folder: Path) -> str:
@@ -348,7 +415,6 @@ def export_checkpoint(src: str | Path, dst: str | Path) -> Path:
         raise ValueError(f"`dst` is {str(dst)!r}, expected a file ending in {', '.join(_ENDINGS)}")
     if dst.exists():
         raise ValueError(f"`dst` is {str(dst)!r}, which exists already")
-    dst.parent.mkdir(parents=True, exist_ok=True)
     if model_type == MARConfig.model_type:
         _write(dst, _export_transformer(src)[0], ("model", "model_ema"))
     else:

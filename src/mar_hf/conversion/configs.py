@@ -2,7 +2,10 @@
 """Configurations of original checkpoints, read off their tensors and their constructor's arguments: pure functions."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -41,6 +44,19 @@ _OTHER_ARGUMENTS = (
     "grad_checkpointing",
 )
 
+# Type and range of the arguments that are no counts; None: not here.
+_RATE = (Real, 0, 1)
+_RANGES = {
+    "mlp_ratio": (Real, 0, 1000),
+    "label_drop_prob": _RATE,
+    "attn_dropout": _RATE,
+    "proj_dropout": _RATE,
+    "mask_ratio_min": _RATE,
+    "num_sampling_steps": (None, 0, 0),  # a number in a string, or another sampler's name
+    "grad_checkpointing": (None, 0, 0),
+}
+_MOST_HEAD_STEPS = 1000  # as many as the original trains
+
 _RELEASED_HEADS = {768: 12, 1024: 16, 1280: 16}  # width: attention heads
 _RELEASED_GUIDANCE = {768: 2.9, 1024: 3.0, 1280: 3.2}  # width: recommended guidance scale
 
@@ -50,6 +66,21 @@ def _shape(state_dict: Mapping[str, torch.Tensor], name: str, ndim: int) -> torc
     if len(shape) != ndim:
         raise ValueError(f"{name} has shape {tuple(shape)}, expected {ndim} dimensions")
     return shape
+
+
+def check_arguments(args: dict[str, Any]) -> dict[str, Any]:
+    """The original constructor's arguments as they are; a `ValueError` names one that is unknown or no such value."""
+    known = [name for name, _ in (*_ARGUMENTS, *_HEAD_ARGUMENTS)] + list(_OTHER_ARGUMENTS)
+    if unknown := sorted(map(str, set(args) - set(known))):
+        raise ValueError(f"original arguments {unknown} are unknown, known are {sorted(known)}")
+    for name, value in args.items():
+        kind, low, high = _RANGES.get(name, (int, 1, 1_000_000))
+        if kind is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+            what = "an integer" if kind is int else "a number"
+            raise ValueError(f"the original argument {name} is {value!r}, expected {what} in {low}..{high}")
+    return args
 
 
 def infer_mar_config(
@@ -69,11 +100,7 @@ def infer_mar_config(
         ValueError: if a tensor needed is missing, an argument is unknown or contradicts the tensors, or the number of
             heads stays unknown.
     """
-    args = dict(original_args or {})
-    known = [name for name, _ in (*_ARGUMENTS, *_HEAD_ARGUMENTS)] + list(_OTHER_ARGUMENTS)
-    if unknown := sorted(set(args) - set(known)):
-        raise ValueError(f"original arguments {unknown} are unknown, known are {sorted(known)}")
-
+    args = check_arguments(dict(original_args or {}))
     width, token_dim = _shape(state_dict, "z_proj.weight", 2)
     num_tokens = _shape(state_dict, "diffusion_pos_embed_learned", 3)[1]
     grid = math.isqrt(num_tokens)
@@ -124,6 +151,22 @@ def infer_mar_config(
     )
 
 
+def _check_blocks(names: Iterable[str], levels: int, layers: int) -> None:
+    """Stop with a `ValueError` unless every level has its blocks: the numbers alone could ask for any number."""
+    found = defaultdict(set)
+    for name in names:
+        if match := re.match(r"(encoder\.down|decoder\.up)\.([0-9]+)\.block\.([0-9]+)\.", name):
+            found[match[1], int(match[2])].add(int(match[3]))
+    sides = (("encoder.down", layers), ("decoder.up", layers + 1))
+    for side, level, count in [(side, level, count) for side, count in sides for level in range(levels)]:
+        blocks = found.pop((side, level), set())
+        if len(blocks) != count or max(blocks) >= count:
+            raise ValueError(f"{side}.{level} has the blocks {sorted(blocks)}, expected {count}, from 0 on")
+    if found:
+        side, level = min(found)
+        raise ValueError(f"there is {side}.{level}, but there are {levels} levels in encoder.down")
+
+
 def infer_kl_config(
     state_dict: Mapping[str, torch.Tensor], scaling_factor: float = ORIGINAL_SCALING_FACTOR
 ) -> dict[str, Any]:
@@ -140,10 +183,12 @@ def infer_kl_config(
         `dict[str, Any]` for `AutoencoderKL.from_config`, with its `_class_name`.
 
     Raises:
-        ValueError: if a tensor that tells a size is missing.
+        ValueError: if a tensor that tells a size is missing, or levels or blocks are not numbered without gaps.
     """
     levels = max(1, count_numbered(state_dict, "encoder.down."))
     channels = [_shape(state_dict, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)]
+    layers = count_numbered(state_dict, "encoder.down.0.block.")
+    _check_blocks(state_dict, levels, layers)
     down = [f"encoder.down.{i}.attn.0.q.weight" in state_dict for i in range(levels)]
     up = [f"decoder.up.{i}.attn.0.q.weight" in state_dict for i in reversed(range(levels))]
     return {
@@ -153,7 +198,7 @@ def infer_kl_config(
         "down_block_types": ["AttnDownEncoderBlock2D" if attention else "DownEncoderBlock2D" for attention in down],
         "up_block_types": ["AttnUpDecoderBlock2D" if attention else "UpDecoderBlock2D" for attention in up],
         "block_out_channels": channels,
-        "layers_per_block": count_numbered(state_dict, "encoder.down.0.block."),
+        "layers_per_block": layers,
         "latent_channels": _shape(state_dict, "decoder.conv_in.weight", 4)[1],
         "norm_num_groups": 32,
         "act_fn": "silu",
@@ -193,8 +238,9 @@ def fit_patch_size(config: MARConfig, kl_config: Mapping[str, Any], original_arg
 def generation_defaults(config: MARConfig, original_args: Mapping[str, Any]) -> dict[str, Any]:
     """The generation that a converted pipeline saves; `ValueError` if the original's head steps are no number."""
     head_steps = str(original_args.get("num_sampling_steps", 100))
-    if not head_steps.isdecimal():
-        raise ValueError(f"the original argument num_sampling_steps is {head_steps!r}, expected a number of steps")
+    if not re.fullmatch("[0-9]{1,9}", head_steps) or not 1 <= int(head_steps) <= _MOST_HEAD_STEPS:
+        limits = f"1..{_MOST_HEAD_STEPS}"
+        raise ValueError(f"the original argument num_sampling_steps is {head_steps!r}, expected a number in {limits}")
     return {
         "num_inference_steps": min(64, config.num_tokens),
         "num_diffusion_steps": int(head_steps),

@@ -12,13 +12,16 @@ import torch
 
 StateDict = dict[str, torch.Tensor]
 
+# What DistributedDataParallel, torch.compile, activation checkpointing and FSDP put into the names of what they wrap.
+WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
 # (original, ours). A field in braces is the same text on both sides, except `rev`, a level counted from the other end.
 
 _FIELDS = {
     "side": "encoder|decoder",
-    "i": r"\d+",
-    "j": r"\d+",
-    "rev": r"\d+",
+    "i": "0|[1-9][0-9]*",
+    "j": "0|[1-9][0-9]*",
+    "rev": "0|[1-9][0-9]*",
     "end": "weight|bias",
 }
 
@@ -106,8 +109,8 @@ def _rename(
 
 
 def listed(names: Iterable[str], limit: int = 12) -> str:
-    """The first names in order, for a message."""
-    names = sorted(names)
+    """The first names in order, for a message; very long ones cut."""
+    names = sorted(name if len(name) <= 120 else f"{name[:117]}..." for name in names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
@@ -119,8 +122,49 @@ def find_tensor(state_dict: Mapping[str, torch.Tensor], name: str) -> torch.Tens
 
 
 def count_numbered(names: Iterable[str], prefix: str) -> int:
-    """How many numbered entries follow `prefix`: the highest number plus one."""
-    return max((int(m[1]) + 1 for name in names if (m := re.match(re.escape(prefix) + r"(\d+)\.", name))), default=0)
+    """How many numbered entries follow `prefix`; a gap in the numbers is a `ValueError` that names it."""
+    pattern = re.compile(re.escape(prefix) + "([0-9]+)[.]")
+    numbers = {int(match[1]) for name in names if (match := pattern.match(name))}
+    if numbers and max(numbers) >= len(numbers):
+        gap = next(number for number in range(len(numbers)) if number not in numbers)
+        raise ValueError(f"missing tensors: {prefix}{gap}, while there is {prefix}{max(numbers)}")
+    return len(numbers)
+
+
+def unwrapped(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
+    """The same tensors under the names they have in the model itself.
+
+    Distributed training and compilation wrap a model, or blocks in it, and put a part of their own into the names.
+
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`): tensors by name, wrapped at any depth or not at all.
+
+    Returns:
+        `dict[str, torch.Tensor]`: the same tensors (not copied).
+
+    Raises:
+        `ValueError`: if two tensors get the same name.
+    """
+    plain: StateDict = {}
+    for name, tensor in state_dict.items():
+        inner = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if inner in plain:
+            raise ValueError(f"{inner} is there twice, the second time as {name}")
+        plain[inner] = tensor
+    return plain
+
+
+def mar_names(encoder_layers: int, decoder_layers: int, head_layers: int) -> set[str]:
+    """The names of all tensors of an original MAR, from the table alone."""
+    layers = {"encoder_blocks": encoder_layers, "decoder_blocks": decoder_layers, "res_blocks": head_layers}
+    names = {"fake_latent"}
+    for source, _ in _MAR_NAMES:
+        for side in ("encoder", "decoder"):
+            for end in ("weight", "bias"):
+                name = source.replace("{side}", side).replace("{end}", end)
+                numbered = next((layers[part] for part in layers if f"{part}.{{i}}" in name), 1)
+                names |= {name.replace("{i}", str(number)) for number in range(numbered)}
+    return names
 
 
 def convert_mar_state_dict(original: Mapping[str, torch.Tensor]) -> StateDict:
