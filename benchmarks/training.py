@@ -9,7 +9,6 @@ Options that are not listed here are those of `examples/train.py`. `benchmarks/R
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -38,16 +37,14 @@ from measuring import (
 from safetensors.torch import save_file
 
 from mar_hf import ImageTokenizerConfig
+from mar_hf.training import Trainer, TrainingArguments, parse_arguments
+from mar_hf.training.batches import example_generators
+from mar_hf.training.latent_data import INDEX, shard_name
+from mar_hf.training.model_inputs import draw_inputs, encode
+from mar_hf.training.model_setup import add_lora, build_model, parameter_groups
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import latent_data  # noqa: E402
-import train  # noqa: E402
-from training_utils import example_generators, make_batches, parse_arguments  # noqa: E402
-
-
 _BASE = ["--config", str(ROOT / "examples" / "configs" / "imagenet_mar_base.json"), "--dataloader_num_workers", "0"]
 _BASE += ["--train_batch_size", "8"]
 # Options of the training script; those on the command line have the last word.
@@ -88,12 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def random_cache(folder: Path, args: train.Arguments, kind: str) -> str:
+def random_cache(folder: Path, args: TrainingArguments, kind: str) -> str:
     """Latents of nothing, with a tokenizer that has no weights: training from a cache needs none.
 
     Args:
         folder (`Path`): where to write.
-        args (`train.Arguments`): for the resolution, the patch size and the batch size.
+        args (`TrainingArguments`): for the resolution, the patch size and the batch size.
         kind (`str`): `"pixels"` or `"kl16"`.
 
     Returns:
@@ -108,18 +105,18 @@ def random_cache(folder: Path, args: train.Arguments, kind: str) -> str:
     count, classes = 4 * args.train_batch_size, [str(number) for number in range(10)]
     config.save_pretrained(folder / "tokenizer")
     tensors = {name: torch.rand(count, *shape) for name in names}
-    save_file({**tensors, "label": torch.arange(count) % len(classes)}, folder / latent_data.shard_name(0))
+    save_file({**tensors, "label": torch.arange(count) % len(classes)}, folder / shard_name(0))
     index = {"num_examples": count, "shard_size": count, "class_names": classes, "resolution": args.resolution}
     index |= {"latent_shape": shape, "tensors": names, "dtype": "float32"}
-    (folder / latent_data.INDEX).write_text(json.dumps(index), encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
     return str(folder)
 
 
-def bare_step(trainer: train.Trainer, batch: dict[str, torch.Tensor]) -> Callable[[list[dict[str, Any]]], None]:
+def bare_step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> Callable[[list[dict[str, Any]]], None]:
     """A second model with its optimizer: nothing but forward, backward and optimizer, always on the same tokens.
 
     Args:
-        trainer (`train.Trainer`): whose model, settings and precision are copied.
+        trainer (`Trainer`): whose model, settings and precision are copied.
         batch (`dict[str, torch.Tensor]`): the pictures.
 
     Returns:
@@ -127,14 +124,14 @@ def bare_step(trainer: train.Trainer, batch: dict[str, torch.Tensor]) -> Callabl
     """
     args, accelerator = trainer.args, trainer.accelerator
     device = accelerator.device
-    model = train.build_model(args, trainer.tokenizer, trainer.names)
+    model = build_model(args, trainer.tokenizer, trainer.names)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    model = train.add_lora(args, model).to(device).train()
-    groups = train.parameter_groups(model, args.adam_weight_decay)
+    model = add_lora(args, model).to(device).train()
+    groups = parameter_groups(model, args.adam_weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=device.type in ("cpu", "cuda"))
     generators = example_generators(args.seed, batch["position"], device)
-    tokens, labels = train.encode(batch, trainer.tokenizer, generators, device)
+    tokens, labels = encode(batch, trainer.tokenizer, generators, device)
 
     def step(drawn: list[dict[str, Any]]) -> None:
         for inputs in drawn:
@@ -153,12 +150,12 @@ def bare_step(trainer: train.Trainer, batch: dict[str, torch.Tensor]) -> Callabl
 
 
 def plain_step(
-    trainer: train.Trainer, model: torch.nn.Module, averages: list[torch.Tensor], batch: dict[str, torch.Tensor]
+    trainer: Trainer, model: torch.nn.Module, averages: list[torch.Tensor], batch: dict[str, torch.Tensor]
 ) -> Callable[[list[dict[str, Any]]], None]:
     """The plain reference's step in float32, with all that the original does in one: posterior, clipping, averages.
 
     Args:
-        trainer (`train.Trainer`): whose settings are those of the step.
+        trainer (`Trainer`): whose settings are those of the step.
         model (`torch.nn.Module`): is trained.
         averages (`list[torch.Tensor]`): the averaged weights.
         batch (`dict[str, torch.Tensor]`): the pictures.
@@ -169,13 +166,13 @@ def plain_step(
     args, device = trainer.args, trainer.accelerator.device
     plain_reference.check_model(model)
     weights = list(model.parameters())
-    groups = train.parameter_groups(model, args.adam_weight_decay)
+    groups = parameter_groups(model, args.adam_weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2))
     generators = example_generators(args.seed, batch["position"], device)
 
     def step(drawn: list[dict[str, Any]]) -> None:
         for inputs in drawn:
-            tokens, labels = train.encode(batch, trainer.tokenizer, generators, device)
+            tokens, labels = encode(batch, trainer.tokenizer, generators, device)
             labels = labels if trainer.names else None
             loss = plain_reference.training_loss(model, trainer.noise_scheduler, tokens, inputs["mask"], labels)
             (loss / len(drawn)).backward()
@@ -189,21 +186,19 @@ def plain_step(
     return step
 
 
-def second_plain_step(
-    trainer: train.Trainer, batch: dict[str, torch.Tensor]
-) -> Callable[[list[dict[str, Any]]], None]:
+def second_plain_step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> Callable[[list[dict[str, Any]]], None]:
     """`plain_step` of a second model of the same settings."""
-    model = train.build_model(trainer.args, trainer.tokenizer, trainer.names)
+    model = build_model(trainer.args, trainer.tokenizer, trainer.names)
     model = model.to(trainer.accelerator.device).train()
     return plain_step(trainer, model, [weight.detach().clone() for weight in model.parameters()], batch)
 
 
 @torch.no_grad()
-def loss_difference(trainer: train.Trainer, batch: dict[str, torch.Tensor]) -> float:
+def loss_difference(trainer: Trainer, batch: dict[str, torch.Tensor]) -> float:
     """The relative difference between our loss and the plain reference's: two pictures, the same weights and draws.
 
     Args:
-        trainer (`train.Trainer`): a run.
+        trainer (`Trainer`): a run.
         batch (`dict[str, torch.Tensor]`): pictures.
 
     Returns:
@@ -212,9 +207,9 @@ def loss_difference(trainer: train.Trainer, batch: dict[str, torch.Tensor]) -> f
     args, model, device = trainer.args, trainer.bare_model, trainer.accelerator.device
     batch = {name: value[:2] for name, value in batch.items()}
     generators = example_generators(args.seed, batch["position"], device)
-    tokens, labels = train.encode(batch, trainer.tokenizer, generators, device)
+    tokens, labels = encode(batch, trainer.tokenizer, generators, device)
     labels = labels if trainer.names else None
-    mask = train.draw_inputs(args, model, generators, 0, device)["mask"]
+    mask = draw_inputs(args, model, generators, 0, device)["mask"]
     rows = mask.numel() * model.head.batch_multiplier
     generator = torch.Generator().manual_seed(args.seed)
     timesteps = torch.randint(0, len(trainer.noise_scheduler), (rows,), generator=generator).to(device)
@@ -235,22 +230,22 @@ def loss_difference(trainer: train.Trainer, batch: dict[str, torch.Tensor]) -> f
     return abs(ours.item() / plain.item() - 1)
 
 
-def draw_all(trainer: train.Trainer) -> list[dict[str, Any]]:
+def draw_all(trainer: Trainer) -> list[dict[str, Any]]:
     """What the model leaves open for each batch of the trainer's next step: as many masked tokens as there."""
     args, device = trainer.args, trainer.accelerator.device
     numbers = range(args.gradient_accumulation_steps)
     first = trainer.progress.step * len(numbers)
     generators = example_generators(args.seed, range(args.train_batch_size), device)
-    return [train.draw_inputs(args, trainer.bare_model, generators, first + n, device) for n in numbers]
+    return [draw_inputs(args, trainer.bare_model, generators, first + n, device) for n in numbers]
 
 
 def time_steps(
-    trainer: train.Trainer, other: str, repeats: int
+    trainer: Trainer, other: str, repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, int], float | None]:
     """Training steps and others in turns, each pair with as many masked tokens.
 
     Args:
-        trainer (`train.Trainer`): a new run.
+        trainer (`Trainer`): a new run.
         other (`str`): `"bare step"` or `"plain step"`.
         repeats (`int`): steps of each kind.
 
@@ -260,7 +255,7 @@ def time_steps(
         losses. The last two are empty and None without a reference.
     """
     device = trainer.accelerator.device
-    batches = iter(make_batches(trainer))
+    batches = iter(trainer.make_batches())
     batch, reference = next(batches), other == "plain step"
     difference = loss_difference(trainer, batch) if reference else None
     other_step = (second_plain_step if reference else bare_step)(trainer, batch)
@@ -283,18 +278,18 @@ def time_steps(
     return {kind: values[WARM_UP[other] :] for kind, values in seconds.items()}, operations, difference
 
 
-def run_alone(trainer: train.Trainer, kind: str) -> dict[str, float]:
+def run_alone(trainer: Trainer, kind: str) -> dict[str, float]:
     """A few steps of one kind, in a process that does nothing else.
 
     Args:
-        trainer (`train.Trainer`): a new run.
+        trainer (`Trainer`): a new run.
         kind (`str`): `"ours"` or `"plain"`, which trains the trainer's model and its averages.
 
     Returns:
         `dict[str, float]`: `peak_memory_mb`: of the process, or of the GPU.
     """
     device = trainer.accelerator.device
-    batches = iter(make_batches(trainer))
+    batches = iter(trainer.make_batches())
     if kind == "plain":
         step = plain_step(trainer, trainer.bare_model, trainer.ema.shadow_params, next(batches))
     for _ in range(STEPS_ALONE):
@@ -325,10 +320,10 @@ def run(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     other = "plain step" if options.reference else "bare step"
     shown, words = words, [*PRESETS.get(options.preset, []), *words]
     with tempfile.TemporaryDirectory() as folder:
-        args = parse_arguments(train.Arguments, ["--output_dir", folder, "--report_to", "none", *words])
+        args = parse_arguments(TrainingArguments, ["--output_dir", folder, "--report_to", "none", *words])
         data = args.train_data_dir or f"random latents like {options.latents}"
         args.train_data_dir = args.train_data_dir or random_cache(Path(folder), args, options.latents)
-        trainer = train.Trainer(args)
+        trainer = Trainer(args)
         if options.only is not None:
             return run_alone(trainer, options.only)
         seconds, operations, difference = time_steps(trainer, other, options.repeats)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the example scripts share."""
+"""What the tests of trainings and of the example scripts share."""
 
+import pytest
 from accelerate.state import AcceleratorState, GradientState
 
 
@@ -19,3 +20,13 @@ def forget_accelerate() -> None:
     """A script configures accelerate for its process; the next one in the same process starts as a new program."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """No device, no screen, nothing left of the run before."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    forget_accelerate()
+    yield
+    forget_accelerate()

@@ -3,12 +3,14 @@
 
 import errno
 import hashlib
+import importlib
 import os
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import torch
@@ -46,6 +48,26 @@ def look_up(table: dict[str, Any], name: str, argument: str) -> Any:
     if not isinstance(name, str) or name not in table:
         raise ValueError(f"`{argument}` has to be one of {sorted(table)}, got {name!r}.")
     return table[name]
+
+
+def import_extra(name: str, extra: str) -> ModuleType:
+    """Import a module of a library that only an extra of the package installs, when it is needed.
+
+    Args:
+        name (`str`): the module.
+        extra (`str`): the extra that installs it, such as `"train"`.
+
+    Returns:
+        `ModuleType`: the module.
+
+    Raises:
+        ImportError: if it is not installed; names the extra.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        library = name.split(".")[0]
+        raise ImportError(f'`{library}` is needed here: pip install "mar_hf[{extra}]" ({error})') from error
 
 
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `examples/train.py` does when it is killed, when the disk is full, and when its data or its loss break."""
+"""What a training does when it is killed, when the disk is full, and when its data or its loss break."""
 
 import json
 import multiprocessing
@@ -8,7 +8,6 @@ import random
 import resource
 import shutil
 import signal
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +18,9 @@ from PIL import Image
 
 from example_runs import SIZES, forget_accelerate
 from mar_hf import ImageTokenizer, ImageTokenizerConfig, MARPipeline
-from snippets import ROOT
-
-
-sys.path.insert(0, str(ROOT / "examples"))
-
-import train  # noqa: E402
-from training_utils import TrainingBatches, check_checkpoint, list_checkpoints  # noqa: E402
+from mar_hf.training import Trainer, TrainingArguments
+from mar_hf.training.batches import TrainingBatches
+from mar_hf.training.checkpoints import check_checkpoint, list_checkpoints
 
 
 COUNT = 15
@@ -59,7 +54,9 @@ def write_pictures(folder):
 def run(data, folder, **settings):
     """Train in this process; accelerate is configured anew for every run."""
     try:
-        train.main(train.Arguments(train_data_dir=str(data), output_dir=str(folder), **{**SETTINGS, **settings}))
+        Trainer(
+            TrainingArguments(train_data_dir=str(data), output_dir=str(folder), **{**SETTINGS, **settings})
+        ).train()
     finally:
         forget_accelerate()
     return folder

@@ -17,13 +17,15 @@ from torch.utils.data import DataLoader
 
 from example_runs import forget_accelerate
 from mar_hf import ImageTokenizer, ImageTokenizerConfig
+from mar_hf.training import (
+    ImageTransform,
+    LatentCacheArguments,
+    cache_latents,
+    load_image_dataset,
+    load_latents,
+)
+from mar_hf.training.latent_cache import tokenizer_digest
 from snippets import ROOT
-
-
-sys.path.insert(0, str(ROOT / "examples"))
-import cache_latents  # noqa: E402
-from image_data import ImageTransform, load_image_dataset  # noqa: E402
-from latent_data import load_latents  # noqa: E402
 
 
 COUNTS = {"cat": 5, "dog": 2, "owl": 4}
@@ -59,11 +61,11 @@ def tokenizer(tmp_path_factory):
 
 def arguments(pictures, tokenizer, output_dir, **settings):
     settings = {"resolution": SIZE, "random_flip": True, "shard_size": 4, "batch_size": 3, **settings}
-    return cache_latents.Arguments(str(pictures), str(tokenizer), str(output_dir), **settings)
+    return LatentCacheArguments(str(pictures), str(tokenizer), str(output_dir), **settings)
 
 
 def cache(*args, **settings):
-    cache_latents.main(arguments(*args, **settings))
+    cache_latents(arguments(*args, **settings))
     return args[2]
 
 
@@ -150,7 +152,7 @@ def test_batches_through_workers(whole, workers):
     assert torch.equal(torch.cat([batch["std_flipped"] for batch in batches]), torch.cat(shards))
 
 
-def test_a_stopped_run_goes_on_with_what_is_missing(pictures, tokenizer, whole, tmp_path, capsys):
+def test_a_stopped_run_goes_on_with_what_is_missing(pictures, tokenizer, whole, tmp_path):
     folder = copy(whole, tmp_path / "cache")
     (folder / "shard-00001.safetensors").unlink()
     last = folder / "shard-00002.safetensors"
@@ -158,8 +160,8 @@ def test_a_stopped_run_goes_on_with_what_is_missing(pictures, tokenizer, whole, 
     # What a killed run leaves of the shard that it was at.
     (folder / "shard-00001.safetensors.partial").write_bytes(b"half")
     untouched = (folder / "shard-00000.safetensors").stat().st_mtime_ns
-    cache(pictures, tokenizer, folder)
-    assert "11 pictures in 3 shards" in (out := capsys.readouterr().out) and "2 of them new" in out
+    said = cache_latents(arguments(pictures, tokenizer, folder))
+    assert said == f"11 pictures in 3 shards in {folder}, 2 of them new"
     assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == untouched
     assert files(folder) == files(whole)
 
@@ -236,12 +238,11 @@ def test_another_source_is_refused(pictures, tokenizer, whole, tmp_path, change,
     assert files(folder) == before
 
 
-def test_moving_the_pictures_changes_nothing(pictures, tokenizer, whole, tmp_path, capsys):
+def test_moving_the_pictures_changes_nothing(pictures, tokenizer, whole, tmp_path):
     folder = copy(whole, tmp_path / "cache")
     (tmp_path / "link").symlink_to(copy(pictures, tmp_path / "deep" / "moved"))
     for moved in ("deep/moved", "link"):
-        cache(tmp_path / moved, tokenizer, folder)
-        assert "0 of them new" in capsys.readouterr().out
+        assert "0 of them new" in cache_latents(arguments(tmp_path / moved, tokenizer, folder))
 
 
 @pytest.mark.parametrize("dtype, error", [("bfloat16", 1e-2), ("float16", 1e-3)])
@@ -290,57 +291,6 @@ def test_wrong_settings(pictures, tokenizer, tmp_path, settings, message):
     assert not (tmp_path / "out").exists()
 
 
-# The original's files
-
-
-def original_cache(folder, flipped=True):
-    numbers = torch.Generator().manual_seed(0)
-    for name, count in {"n02": 2, "n01": 3}.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            moments = torch.randn(2, 4, 3, 3, generator=numbers) * 60
-            keys = ("moments", "moments_flip")[: 1 + flipped]
-            np.savez(folder / name / f"{number}.JPEG.npz", **dict(zip(keys, moments.numpy(), strict=False)))
-    return folder
-
-
-@pytest.mark.parametrize("flipped", [True, False])
-def test_files_of_the_original(tmp_path, flipped):
-    original_cache(tmp_path, flipped)
-    for name in (".git", "n01b"):  # no classes: there is nothing in them
-        (tmp_path / name).mkdir()
-    latents = load_latents(str(tmp_path))
-    assert (len(latents), latents.class_names, latents.has_flipped) == (5, ["n01", "n02"], flipped)
-    assert (latents.latent_shape, latents.resolution) == ((2, 3, 3), None)
-    rows = latents.__getitems__([0, 4])
-    assert [row["label"] for row in rows] == [0, 1]
-    file = np.load(tmp_path / "n02" / "1.JPEG.npz")
-    for key, suffix in (("moments", ""), ("moments_flip", "_flipped"))[: 1 + flipped]:
-        assert np.array_equal(rows[1][f"mean{suffix}"], file[key][:2])
-        assert file[key][2:].min() < -30 and file[key][2:].max() > 20
-        deviation = np.exp(np.clip(file[key][2:], -30, 20) / 2)
-        np.testing.assert_allclose(rows[1][f"std{suffix}"], deviation, rtol=1e-5)
-    assert len(rows[1]) == (5 if flipped else 3)
-
-
-def test_broken_files_of_the_original(tmp_path):
-    path = original_cache(tmp_path) / "n02" / "0.JPEG.npz"
-    latents = load_latents(str(tmp_path))
-    for content in (path.read_bytes()[:100], b""):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="n02/0.JPEG.npz does not hold cached latents, or is truncated"):
-            latents[3]
-    np.savez(path, other=np.zeros(3))
-    with pytest.raises(ValueError, match="n02/0.JPEG.npz does not hold cached latents"):
-        latents[3]
-
-
-def test_folders_without_latents(tmp_path, pictures):
-    for folder in (pictures, tmp_path, tmp_path / "missing"):
-        with pytest.raises(ValueError, match="holds no cached latents"):
-            load_latents(str(folder))
-
-
 def test_the_index_says_what_the_latents_are(whole):
     index = json.loads((whole / "index.json").read_text())
     assert index["scaling_factor"] == [0.5, 2.0] and index["resolution"] == SIZE and index["dtype"] == "float32"
@@ -352,4 +302,4 @@ def test_tokens_of_a_codebook_are_not_those_before_it():
         torch.manual_seed(0)
         autoencoder = VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=2, num_vq_embeddings=4)
     plain, quantised = (ImageTokenizer.from_autoencoder(autoencoder, quantize=value) for value in (False, True))
-    assert cache_latents.tokenizer_digest(plain) != cache_latents.tokenizer_digest(quantised)
+    assert tokenizer_digest(plain) != tokenizer_digest(quantised)

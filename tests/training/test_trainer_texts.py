@@ -2,25 +2,17 @@
 """Training on captions: from pictures and from a cache, warm starts, resuming; the captions that are drawn."""
 
 import json
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import NO_DROPOUT, equal, losses, run, weights, write_pictures
+from test_trainer import NO_DROPOUT, equal, losses, run, weights, write_pictures
 
 from example_runs import SIZES, forget_accelerate
 from mar_hf import MARPipeline
 from mar_hf.models import load_text_encoder
-from snippets import ROOT
+from mar_hf.training import LatentCacheArguments, cache_latents
 from tiny_texts import TEXT_DIM, tiny_text_encoder, tiny_text_tokenizer
-
-
-sys.path.insert(0, str(ROOT / "examples"))
-
-import cache_latents  # noqa: E402
-from text_data import caption_choices, check_templates, encode_choices  # noqa: E402
-from training_utils import Collator  # noqa: E402
 
 
 CAPTIONS = {"cat": ["a cat", "a small cat"], "clock": ["the clock on the heart"], "heart": ["a red heart", "heart"]}
@@ -105,7 +97,7 @@ def test_cached_texts_train_the_same_without_the_text_encoder(captioned, encoder
     from_pictures = run(captioned, tmp_path / "pictures", **text_settings(encoder, model_config=sizes))
 
     def cache(max_sequence_length):
-        arguments = cache_latents.Arguments(
+        arguments = LatentCacheArguments(
             train_data_dir=captioned,
             pretrained_tokenizer=str(from_pictures / "pipeline" / "vae"),
             pretrained_text_encoder=encoder,
@@ -116,7 +108,7 @@ def test_cached_texts_train_the_same_without_the_text_encoder(captioned, encoder
             shard_size=4,
         )
         try:
-            cache_latents.main(arguments)
+            cache_latents(arguments)
         finally:
             forget_accelerate()
 
@@ -217,46 +209,11 @@ def test_data_without_captions_is_refused(trained, tmp_path, encoder):
         run(pictures, tmp_path / "out", **text_settings(encoder))
     forget_accelerate()
     tokenizer, cache = str(trained / "pipeline" / "vae"), str(tmp_path / "cache")
-    cache_latents.main(cache_latents.Arguments(pictures, tokenizer, cache, resolution=8))
+    cache_latents(LatentCacheArguments(pictures, tokenizer, cache, resolution=8))
     forget_accelerate()
     with pytest.raises(ValueError, match="The cached latents hold no texts"):
         run(cache, tmp_path / "out", **text_settings(encoder))
     forget_accelerate()
-
-
-@pytest.mark.parametrize("templates", [[], ["no place"], ["{} {name}"], ["{0} {1}"], ["{"]])
-def test_wrong_templates_are_refused(templates):
-    with pytest.raises(ValueError, match="`caption_templates` has to hold texts with {} for the caption"):
-        check_templates(templates)
-
-
-def test_every_caption_in_every_template():
-    check_templates(TEMPLATES)
-    assert caption_choices(["a", "b"], TEMPLATES, "x") == ["a", "x: a", "b", "x: b"]
-
-
-def test_captions_are_drawn_by_position_and_all_of_them():
-    collate = Collator(0, False, False, TEMPLATES, ["c", "d"])
-
-    def batch(positions):
-        keys = [
-            {"text": ["a", "b"], "label": p % 2, "position": p, "pixel_values": torch.zeros(3, 2, 2)}
-            for p in positions
-        ]
-        return collate(keys)["text"]
-
-    together = batch(range(40))
-    assert together == [batch([position])[0] for position in range(40)]
-    assert set(together[::2]) == {"a", "b", "c: a", "c: b"}
-    assert set(together[1::2]) == {"a", "b", "d: a", "d: b"}
-
-
-def test_choices_are_encoded_without_their_padding(encoder):
-    parts = load_text_encoder(encoder)
-    states = encode_choices([["a cat", "heart"], ["the clock on the heart"]], *parts, 8)
-    assert [[len(text) for text in own] for own in states] == [[3, 2], [6]]
-    alone = encode_choices([["heart"]], *parts, 8)[0][0]
-    torch.testing.assert_close(states[0][1], alone)
 
 
 def test_a_plain_folder_of_a_model_is_a_text_encoder_too(tmp_path):

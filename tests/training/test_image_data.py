@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading pictures: every layout of a folder, every kind of picture, and what the training scripts make of them."""
+"""Reading pictures: every layout of a folder, every kind of picture, and what the training makes of them."""
 
-import importlib.util
 import io
 import json
 import shutil
@@ -17,12 +16,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 
 from common import seeded
+from mar_hf.training import image_data
 
-
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "image_data.py"
-SPEC = importlib.util.spec_from_file_location("image_data", SCRIPT)
-image_data = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(image_data)
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 # Class -> pictures, whose colour tells them apart after everything that happens to them.

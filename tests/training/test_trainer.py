@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`examples/train.py`: exact resume, any number of processes, fine-tuning, low-rank updates, publishing."""
+"""The training of models: exact resume, any number of processes, fine-tuning, low-rank updates, publishing."""
 
 import csv
 import json
@@ -19,13 +19,8 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (the default tr
 from example_runs import SIZES, forget_accelerate
 from mar_hf import ARForImageGeneration, ImageTokenizer, MARConfig, MARPipeline
 from mar_hf.models import BACKBONES
+from mar_hf.training import LatentCacheArguments, Trainer, TrainingArguments, cache_latents, parse_arguments
 from snippets import ROOT
-
-
-sys.path.insert(0, str(ROOT / "examples"))
-
-import cache_latents  # noqa: E402
-import train  # noqa: E402
 
 
 # A causal model as small as the masked one.
@@ -64,7 +59,7 @@ def pictures(tmp_path_factory):
 
 
 def run(data, folder, **settings):
-    train.main(train.Arguments(train_data_dir=str(data), output_dir=str(folder), **{**SETTINGS, **settings}))
+    Trainer(TrainingArguments(train_data_dir=str(data), output_dir=str(folder), **{**SETTINGS, **settings})).train()
     forget_accelerate()
     return folder
 
@@ -180,8 +175,8 @@ def test_accumulated_batches_equal_a_large_one(pictures, tmp_path):
 def test_training_from_cached_latents_equals_training_from_pictures(trained, pictures, tmp_path):
     tokenizer = tmp_path / "tokenizer"
     MARPipeline.from_pretrained(trained / "pipeline").vae.save_pretrained(tokenizer)
-    cache_latents.main(
-        cache_latents.Arguments(
+    cache_latents(
+        LatentCacheArguments(
             train_data_dir=pictures,
             pretrained_tokenizer=str(tokenizer),
             resolution=8,
@@ -223,7 +218,7 @@ def test_a_categorical_head_gets_its_codebook_from_cached_latents_too(pictures, 
     tokenizer = ImageTokenizer.from_autoencoder(autoencoder, quantize=True)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     words = {"train_data_dir": pictures, "pretrained_tokenizer": str(tmp_path / "tokenizer"), "resolution": 8}
-    cache_latents.main(cache_latents.Arguments(output_dir=str(tmp_path / "cache"), **words))
+    cache_latents(LatentCacheArguments(output_dir=str(tmp_path / "cache"), **words))
     head = {"head_type": "categorical", "head_config": {"num_codes": 16}}
     folder = run(tmp_path / "cache", tmp_path / "run", model_config=json.dumps({**SIZES, **head}))
     pipe = MARPipeline.from_pretrained(folder / "pipeline")
@@ -356,7 +351,7 @@ def test_a_causal_model_trains_by_configuration(pictures, tmp_path, monkeypatch)
         return inputs
 
     monkeypatch.setattr(ARForImageGeneration, "training_inputs", recording)
-    train.main(train.parse_arguments(train.Arguments, words))
+    Trainer(parse_arguments(TrainingArguments, words)).train()
     # The last is the validation loss, of all 15 pictures.
     assert [(progress, len(orders)) for progress, orders, _ in drawn] == [(0.0, 4), (0.5, 4), (1.0, 15)]
     assert all(order == list(range(16)) for _, orders, _ in drawn for order in orders)
@@ -426,7 +421,7 @@ def test_every_configuration_file_is_one(path):
     settings = json.loads(path.read_text(encoding="utf-8"))
     if "model_config" not in settings:
         pytest.skip("another script's")
-    args = train.parse_arguments(train.Arguments, ["--config", str(path), "--output_dir", "out"])
+    args = parse_arguments(TrainingArguments, ["--config", str(path), "--output_dir", "out"])
     config = json.loads(args.model_config)
     config_class = BACKBONES[config.pop("model_type", MARConfig.model_type)][0]
     config = config_class.preset(config.pop("preset", "base"), **config)

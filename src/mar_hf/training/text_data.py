@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captions for the training scripts: the texts that a picture's captions give, and their states."""
+"""Captions: the texts that a picture's captions give, and their states."""
 
+import pathlib
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mar_hf.models import encode_texts
+from ..models import encode_texts
+from .image_data import load_image_dataset
 
 
 def caption_choices(captions: Sequence[str], templates: Sequence[str], label: str = "") -> list[str]:
@@ -63,3 +65,32 @@ def encode_choices(
     states, mask = encode_texts(flat, text_encoder, tokenizer, max_length)
     texts = iter([one[kept] for one, kept in zip(states.cpu(), mask.cpu(), strict=True)])
     return [[next(texts) for _ in range(len(own))] for own in choices]
+
+
+def read_captions(path: str, column: str) -> tuple[list[list[str]], list[str]]:
+    """The captions of every picture, and the name of its class.
+
+    Args:
+        path (`str`): a captioned image folder, or a text file, whose lines are one caption each.
+        column (`str`): of the captions, in a folder.
+
+    Returns:
+        `list[list[str]]`, none of them empty, and `list[str]`, empty where there are no classes.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not pathlib.Path(path).is_file():
+        dataset = load_image_dataset(path, column)
+        if "text" not in dataset.column_names:
+            raise ValueError(f"`train_data_dir` {path!r} holds no captions: no column {column!r}.")
+        names = dataset.features["label"].names if "label" in dataset.column_names else None
+        return dataset["text"][:], [names[label] for label in dataset["label"]] if names else [""] * len(dataset)
+    try:
+        lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`train_data_dir` {path!r} is no text file in UTF-8: {error}") from error
+    captions = [[line.strip()] for line in lines if line.strip()]
+    if not captions:
+        raise ValueError(f"`train_data_dir` {path!r} holds no captions.")
+    return captions, [""] * len(captions)

