@@ -26,11 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import mar_hf
 from mar_hf import ImageTokenizer, MARConfig, MARForImageGeneration, MARPipeline, TokenDDPMScheduler
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-from machine import describe_machine  # noqa: E402
+from mar_hf.evaluation import describe_machine
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

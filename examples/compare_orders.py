@@ -4,51 +4,46 @@
     OMP_NUM_THREADS=1 python examples/compare_orders.py --output_dir out/comparison --jobs 2
 
 Trains tokenizers and models with `train_tokenizer.py` and `train.py`, measures them with `evaluate.py`, and writes
-`comparison.json`, tables and plots. Each finished part is a file in `results/`: started again, it does what is missing
-and goes on with what was cut off. docs/comparison.md says what is compared, and why so.
+`comparison.json`, of which `draw_comparison.py` makes tables and plots. Each finished part is a file in `results/`:
+started again, it does what is missing and goes on with what was cut off. docs/comparison.md says what is compared, and
+why so.
 """
 
-import importlib
 import json
-import logging
-import multiprocessing
 import pathlib
-import platform
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from diffusers.image_processor import VaeImageProcessor
-from generate import claim_folder, load_pipeline, write_whole
-from image_data import ImageTransform, load_image_dataset
-from machine import describe_machine
-from PIL import Image
-from train_tokenizer import latent_statistics, some_pictures
-from training_utils import make_accelerator, parse_arguments
 
 from mar_hf import ImageTokenizer, MARPipeline
-from mar_hf.cli import image_generator
-from mar_hf.utils import draw_grid
+from mar_hf.evaluation import claim_folder, describe_machine, describe_versions, load_pipeline, median_seconds, psnr
+from mar_hf.evaluation.experiments import run_all, run_script, write_result
+from mar_hf.evaluation.folders import read_json, write_json
+from mar_hf.evaluation.pictures import save_pictures
+from mar_hf.evaluation.sampling import check_counts
+from mar_hf.evaluation.tables import mean_and_deviation
+from mar_hf.training import (
+    ImageTransform,
+    latent_statistics,
+    load_image_dataset,
+    make_accelerator,
+    parse_arguments,
+    some_pictures,
+)
+from mar_hf.utils import atomic_folder
 
 
 EXAMPLES = pathlib.Path(__file__).parent
 CONFIG = EXAMPLES / "configs" / "compare_orders.json"
-TOKENIZER_CONFIGS = {
-    "kl": EXAMPLES / "configs" / "digits_kl_tokenizer.json",
-    "vq": EXAMPLES / "configs" / "digits_vq_tokenizer.json",
-}
+TOKENIZER_CONFIGS = {name: EXAMPLES / "configs" / f"digits_{name}_tokenizer.json" for name in ("kl", "vq")}
 # The tokens of models: of a trained tokenizer, or squares of pixels.
 AUTOENCODERS = {"kl": "kl", "vq": "vq", "vq_continuous": "vq", "pixels_2": "pixels", "pixels_4": "pixels"}
 PATCH_SIZES = {"pixels_2": 2, "pixels_4": 4}
@@ -60,57 +55,30 @@ BACKBONES = {
     "masked": {"num_encoder_layers": 2, "num_decoder_layers": 2, "mask_ratio_min": 0.3, "mask_ratio_std": 0.35},
 }
 HEADS = {
-    "diffusion": {"head_type": "diffusion", "head_config": {"num_layers": 3, "hidden_size": 96}},
     "categorical": {
         "head_type": "categorical",
         "head_config": {"num_codes": 256, "num_layers": 3, "hidden_size": 160},
     },
+    "diffusion": {"head_type": "diffusion", "head_config": {"num_layers": 3, "hidden_size": 96}},
 }
+PIXELS_AND_MORE = ("vq_continuous", "pixels_2", "pixels_4")
 # name: (backbone, tokens, head)
 MODELS = {
-    "raster_causal_categorical": ("raster_causal", "vq", "categorical"),
-    "random_causal_categorical": ("random_causal", "vq", "categorical"),
-    "masked_categorical": ("masked", "vq", "categorical"),
-    "raster_causal_diffusion": ("raster_causal", "kl", "diffusion"),
-    "random_causal_diffusion": ("random_causal", "kl", "diffusion"),
-    "masked_diffusion": ("masked", "kl", "diffusion"),
-    "masked_vq_continuous": ("masked", "vq_continuous", "diffusion"),
-    "masked_pixels_2": ("masked", "pixels_2", "diffusion"),
-    "masked_pixels_4": ("masked", "pixels_4", "diffusion"),
-}
-# name: (model, autoregressive steps). A masked model samples in many steps as well as in few.
+    f"{backbone}_{head}": (backbone, tokens, head)
+    for backbone in BACKBONES
+    for head, tokens in (("categorical", "vq"), ("diffusion", "kl"))
+} | {f"masked_{tokens}": ("masked", tokens, "diffusion") for tokens in PIXELS_AND_MORE}
+# row: (model, autoregressive steps). A masked model samples in many steps as well as in few.
 ROWS = {
-    "raster_causal_categorical": ("raster_causal_categorical", 64),
-    "random_causal_categorical": ("random_causal_categorical", 64),
-    "masked_one_categorical": ("masked_categorical", 64),
-    "mar_categorical": ("masked_categorical", 16),
-    "raster_causal_diffusion": ("raster_causal_diffusion", 64),
-    "random_causal_diffusion": ("random_causal_diffusion", 64),
-    "masked_one_diffusion": ("masked_diffusion", 64),
-    "mar_diffusion": ("masked_diffusion", 16),
-    "mar_vq_continuous": ("masked_vq_continuous", 16),
-    "mar_pixels_2": ("masked_pixels_2", 16),
-    "mar_pixels_4": ("masked_pixels_4", 16),
-}
-# The rows of the tables, with what is said of each.
-ORDERS = {
-    f"{row}_{head}": {"loss": loss, "order": order, "attention": attention, "tokens a step": tokens}
-    for head, loss in (("categorical", "cross-entropy"), ("diffusion", "diffusion"))
-    for row, order, attention, tokens in (
-        ("raster_causal", "raster", "causal", "1"),
-        ("random_causal", "random", "causal", "1"),
-        ("masked_one", "random", "bidirectional", "1"),
-        ("mar", "random", "bidirectional", "4 on average"),
+    f"{row}_{head}": (f"{backbone}_{head}", steps)
+    for head in HEADS
+    for row, backbone, steps in (
+        ("raster_causal", "raster_causal", 64),
+        ("random_causal", "random_causal", 64),
+        ("masked_one", "masked", 64),
+        ("mar", "masked", 16),
     )
-}
-TOKENIZERS = {
-    "mar_pixels_4": {"tokens": "pixels, 4 x 4", "loss": "diffusion"},
-    "mar_pixels_2": {"tokens": "pixels, 2 x 2", "loss": "diffusion"},
-    "mar_diffusion": {"tokens": "KL", "loss": "diffusion"},
-    "mar_vq_continuous": {"tokens": "VQ, not quantised", "loss": "diffusion"},
-    "mar_categorical": {"tokens": "VQ, quantised", "loss": "cross-entropy"},
-}
-TABLES = {"orders": ORDERS, "tokenizers": TOKENIZERS}
+} | {f"mar_{tokens}": (f"masked_{tokens}", 16) for tokens in PIXELS_AND_MORE}
 
 BATCH_SIZE = 100  # of the evaluation
 SCALES = (1.0, 1.5, 2.0, 3.0)
@@ -136,8 +104,7 @@ class Arguments:
     def __post_init__(self) -> None:
         if not self.only or not set(self.only) <= set(ROWS):
             raise ValueError(f"`only` has to name some of {list(ROWS)}, got {self.only}.")
-        if self.jobs < 1:
-            raise ValueError(f"`jobs` has to be at least 1, got {self.jobs}.")
+        check_counts(self, jobs=1)
         if not self.seeds:
             raise ValueError("`seeds` is empty.")
         self.only = [row for row in ROWS if row in self.only]
@@ -153,57 +120,34 @@ class Arguments:
         return 1 if self.quick else 50
 
 
-@contextmanager
-def into(path: pathlib.Path) -> Iterator[None]:
-    """For this while, what is printed and logged goes to the end of a file."""
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-        handler = logging.StreamHandler(file)
-        logging.getLogger().addHandler(handler)
-        try:
-            yield
-        finally:
-            logging.getLogger().removeHandler(handler)
-
-
 def once(args: Arguments, name: str, function: Callable[..., dict], *inputs: Any) -> None:
     """Write what a function finds to `results/<name>.json`, where that is not there yet."""
     file = args.folder / "results" / f"{name}.json"
-    if file.exists():
-        return
-    print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
-    start = time.perf_counter()
-    with into(args.folder / "logs" / f"{name}.log"):
-        found = function(args, *inputs)
-    found["seconds"] = time.perf_counter() - start
-    file.parent.mkdir(exist_ok=True)
-    write_whole(file, json.dumps(found, indent=2).encode())
+    if not file.exists():
+        print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
+        write_result(file, args.folder / "logs" / f"{name}.log", function, args, *inputs)
 
 
 def read(args: Arguments, name: str) -> dict:
     """What `once` wrote."""
-    return json.loads((args.folder / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return read_json(args.folder / "results" / f"{name}.json")
 
 
 def call(script: str, folder: pathlib.Path, words: Iterable[object]) -> str:
-    """Run another example. Returns its command line."""
+    """Run another example, and note how. Returns its command line."""
     words = ["--output_dir", str(folder), *map(str, words)]
     command = shlex.join([f"examples/{script}.py", *words])
     print(command, flush=True)
-    module = importlib.import_module(script)
-    module.main(parse_arguments(module.Arguments, words))
+    run_script(EXAMPLES / f"{script}.py", words)
     return command
 
 
 def prepare_data(args: Arguments) -> None:
     """Write the digits, a fifth of each class held out."""
-    folder = args.folder / "data"
-    unfinished = folder.with_name("data.partial")
-    if not folder.exists():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        script = str(EXAMPLES / "prepare_digits.py")
-        subprocess.run([sys.executable, script, str(unfinished), "--test_fraction", "0.2"], check=True)
-        unfinished.rename(folder)
+    if not (args.folder / "data").exists():
+        with atomic_folder(args.folder / "data") as folder:
+            script = str(EXAMPLES / "prepare_digits.py")
+            subprocess.run([sys.executable, script, str(folder), "--test_fraction", "0.2"], check=True)
 
 
 def make_tokenizer(args: Arguments, name: str) -> dict:
@@ -233,22 +177,18 @@ def make_tokenizer(args: Arguments, name: str) -> dict:
         with torch.no_grad():
             restored = ImageTokenizer.from_pretrained(folder)(real).clamp(-1, 1)
     samples = args.folder / "reconstructions" / name
-    for row, image in zip(chosen, VaeImageProcessor().postprocess(restored), strict=True):
-        (samples / classes[labels[row]]).mkdir(parents=True, exist_ok=True)
-        image.save(samples / classes[labels[row]] / f"{row:05d}.png")
+    save_pictures(restored, [samples / classes[labels[row]] / f"{row:05d}.png" for row in chosen])
     metrics, _ = measure(args, name, ["--samples_dir", samples])
-    error = (real - restored).square().mean((1, 2, 3)).clamp(min=1e-10)
-    # Peak-to-peak is 2.
-    return {"psnr": (10 * torch.log10(4 / error)).mean().item(), "metrics": metrics["None"]}
+    return {"psnr": psnr(real, restored), "metrics": metrics["None"]}
 
 
 def measure(args: Arguments, name: str, words: Iterable[object]) -> tuple[dict[str, dict[str, float]], str]:
     """Run `evaluate.py`: metrics by guidance scale, and the command line."""
     folder = args.folder / "evaluations" / name
-    shared = ["--reference", args.folder / "data" / "test", "--features", "pixels", "--classifier"]
-    command = call("evaluate", folder, [*words, *shared])
-    report = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    return {str(result["value"]): result["metrics"] for result in report["results"]}, command
+    words = [*words, "--reference", args.folder / "data" / "test", "--features", "pixels", "--classifier"]
+    command = call("evaluate", folder, words)
+    results = read_json(folder / "metrics.json")["results"]
+    return {str(result["value"]): result["metrics"] for result in results}, command
 
 
 def train_and_evaluate(args: Arguments, model: str, seed: int) -> None:
@@ -262,7 +202,7 @@ def train_and_evaluate(args: Arguments, model: str, seed: int) -> None:
 def train(args: Arguments, model: str, seed: int) -> dict:
     """One training of a model."""
     backbone, tokens, head = MODELS[model]
-    config = json.loads(CONFIG.read_text(encoding="utf-8"))["model_config"] | BACKBONES[backbone] | HEADS[head]
+    config = read_json(CONFIG)["model_config"] | BACKBONES[backbone] | HEADS[head]
     if args.quick:
         config |= QUICK_SIZES | {"head_config": config["head_config"] | {"num_layers": 1, "hidden_size": 16}}
     data, folder = args.folder / "data", args.folder / "models" / f"{model}-{seed}"
@@ -275,8 +215,10 @@ def train(args: Arguments, model: str, seed: int) -> dict:
     if args.quick:
         words += [*QUICK_WORDS, "--generation_defaults", json.dumps(QUICK_DEFAULTS)]
     command = call("train", folder, words)
-    transformer = MARPipeline.from_pretrained(folder / "pipeline").transformer
-    return {"parameters": sum(p.numel() for p in transformer.parameters()), "command": command}
+    return {
+        "parameters": MARPipeline.from_pretrained(folder / "pipeline").transformer.num_parameters(),
+        "command": command,
+    }
 
 
 def evaluate(args: Arguments, row: str, seed: int) -> dict:
@@ -290,44 +232,14 @@ def evaluate(args: Arguments, row: str, seed: int) -> dict:
 
 
 def time_row(args: Arguments, row: str) -> dict:
-    """Seconds a picture with guidance, alone and in a batch: the median of three calls after another one."""
+    """Seconds a picture with guidance, alone and in a batch."""
     model, steps = ROWS[row]
-    folder = args.folder / "models" / f"{model}-{args.seeds[0]}" / "pipeline"
-    pipeline = load_pipeline(str(folder), make_accelerator())
+    pipeline = load_pipeline(str(args.folder / "models" / f"{model}-{args.seeds[0]}" / "pipeline"))
     found = {"threads": torch.get_num_threads()}
+    settings = {"calls": 2 if args.quick else 4, "num_inference_steps": steps, "guidance_scale": 2.0}
     for name, count in (("alone", 1), ("batch", 2 if args.quick else BATCH_SIZE)):
-        times = []
-        for _ in range(2 if args.quick else 4):
-            start = time.perf_counter()
-            pipeline(
-                class_labels=[number % 10 for number in range(count)],
-                generator=[image_generator(0, number % 10, number) for number in range(count)],
-                num_inference_steps=steps,
-                guidance_scale=2.0,
-            )
-            times.append(time.perf_counter() - start)
-        found[name] = statistics.median(times[1:]) / count
+        found[name] = median_seconds(pipeline, [(number % 10, number) for number in range(count)], **settings)
     return found
-
-
-def run_all(tasks: Sequence[Callable[[], None]], jobs: int) -> None:
-    """Run tasks, several side by side in processes of their own; the first that fails ends it."""
-    if jobs == 1:
-        for task in tasks:
-            task()
-        return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            for future in as_completed([pool.submit(task) for task in tasks]):
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def mean_and_deviation(values: Sequence[float]) -> list[float | None]:
-    """Mean and sample deviation, which a single value does not have."""
-    return [statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None]
 
 
 def summarise(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
@@ -347,141 +259,28 @@ def collect(args: Arguments) -> dict[str, Any]:
         model, steps = ROWS[row]
         trainings = {seed: read(args, f"training-{model}-{seed}") for seed in args.seeds}
         evaluations = {seed: read(args, f"evaluation-{row}-{seed}") for seed in args.seeds}
+        tokenizers.add(tokenizer := AUTOENCODERS[MODELS[model][1]])
         rows[row] = {
-            "model": model,
-            "num_inference_steps": steps,
+            **{"model": model, "tokenizer": tokenizer, "num_inference_steps": steps},
             "parameters": trainings[args.seeds[0]]["parameters"],
             **summarise([evaluation["metrics"] for evaluation in evaluations.values()]),
             "seconds_a_picture": read(args, f"speed-{row}"),
-            "trainings": trainings,
-            "evaluations": evaluations,
+            **{"trainings": trainings, "evaluations": evaluations},
         }
-        tokenizers.add(AUTOENCODERS[MODELS[model][1]])
-    packages = ("mar_hf", "torch", "transformers", "diffusers", "accelerate", "scikit-learn")
     return {
-        "quick": args.quick,
-        "seeds": args.seeds,
+        **{"quick": args.quick, "seeds": args.seeds},
         "machine": describe_machine("cuda" if torch.cuda.is_available() else "cpu"),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "training": json.loads(CONFIG.read_text(encoding="utf-8")),
+        "versions": describe_versions("accelerate", "scikit-learn"),
+        "training": read_json(CONFIG),
         "tokenizers": {name: read(args, f"tokenizer-{name}") for name in sorted(tokenizers)},
         "rows": rows,
     }
 
 
-def in_words(metric: str, value: Sequence[float | None]) -> str:
-    """Mean and deviation for a table."""
-    factor, digits, unit = (100, 1, " %") if metric == RECOGNISED else (1, 2, "")
-    mean, deviation = value[0] * factor, value[1]
-    spread = "" if deviation is None else f" ± {deviation * factor:.{digits}f}"
-    return f"{mean:.{digits}f}{spread}{unit}"
-
-
-def markdown(comparison: dict[str, Any], table: dict[str, dict[str, str]], with_tokenizers: bool) -> str:
-    """A table of the rows that are there, the last one of real pictures."""
-    rows, tokenizers = comparison["rows"], comparison["tokenizers"]
-    lines = []
-    for name in (name for name in table if name in rows):
-        row = rows[name]
-        cells = dict(table[name])
-        if with_tokenizers:
-            tokenizer = tokenizers[AUTOENCODERS[MODELS[row["model"]][1]]]
-            cells["reconstructions"] = in_words(FRECHET, [tokenizer["metrics"][FRECHET], None])
-        cells["parameters"] = f"{row['parameters']:,}"
-        for metric, title in ((FRECHET, "Frechet distance"), (RECOGNISED, "recognised")):
-            cells[title] = in_words(metric, row["without"][metric])
-            cells[f"{title}, guided"] = in_words(metric, row["with"][metric])
-        cells["scale"] = f"{row['guidance_scale']:g}"
-        for kind in ("alone", "batch"):
-            cells[f"s a picture, {kind}"] = f"{row['seconds_a_picture'][kind]:.3f}"
-        lines.append(cells)
-    real = {
-        metric: in_words(metric, [tokenizers["pixels"]["metrics"][metric], None]) for metric in (FRECHET, RECOGNISED)
-    }
-    first = next(iter(lines[0]))
-    lines.append({first: "real pictures", "Frechet distance": real[FRECHET], "recognised": real[RECOGNISED]})
-    titles = list(lines[0])
-    written = [titles, ["---"] * len(titles), *([cells.get(title, "") for title in titles] for cells in lines)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in written)
-
-
-def label(cells: dict[str, str]) -> str:
-    """A row's name in plots."""
-    short = {"cross-entropy": "CE", "bidirectional": "bidir.", "4 on average": "4"}
-    return " ".join(short.get(text, text) for text in cells.values())
-
-
-def draw_bars(comparison: dict[str, Any], table: dict[str, dict[str, str]], path: pathlib.Path) -> None:
-    """Both metrics of every row, without and with guidance; dashed is what real pictures give."""
-    rows = {name: comparison["rows"][name] for name in table if name in comparison["rows"]}
-    figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.5 * len(rows)), sharey=True)
-    for axis, metric, title in zip(axes, (FRECHET, RECOGNISED), ("Frechet distance of pixels", "recognised digits")):
-        for shift, kind, name in ((-0.2, "without", "no guidance"), (0.2, "with", "best guidance scale")):
-            means, deviations = zip(*(row[kind][metric] for row in rows.values()), strict=True)
-            places = [number + shift for number in range(len(rows))]
-            axis.barh(places, means, 0.4, xerr=[value or 0 for value in deviations], capsize=2, label=name)
-        axis.axvline(comparison["tokenizers"]["pixels"]["metrics"][metric], color="grey", linestyle="--")
-        axis.set(title=title, yticks=range(len(rows)), yticklabels=[label(table[name]) for name in rows])
-        axis.grid(axis="x", alpha=0.3)
-    axes[0].invert_yaxis()
-    axes[0].legend(fontsize=8)
-    axes[1].set_xlim(left=max(0, min(row["without"][RECOGNISED][0] for row in rows.values()) - 0.1))
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_speed(comparison: dict[str, Any], table: dict[str, dict[str, str]], path: pathlib.Path) -> None:
-    """Frechet distance against seconds a picture, both with guidance."""
-    figure, axis = plt.subplots(figsize=(8, 5))
-    for name in (name for name in table if name in comparison["rows"]):
-        row = comparison["rows"][name]
-        (mean, deviation), seconds = row["with"][FRECHET], row["seconds_a_picture"]["batch"]
-        axis.errorbar(seconds, mean, yerr=deviation or 0, fmt="o", capsize=2)
-        axis.annotate(label(table[name]), (seconds, mean), (6, 4), textcoords="offset points", fontsize=8)
-    axis.set(xscale="log", xlabel="seconds a picture, in a batch", ylabel="Frechet distance of pixels, guided")
-    axis.margins(x=0.3, y=0.15)
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_samples(args: Arguments, rows: dict[str, Any], table: dict[str, dict[str, str]], path: pathlib.Path) -> None:
-    """One guided sample of each digit from every row; the last row shows real pictures."""
-    folders = {
-        label(table[name]): args.folder
-        / "evaluations"
-        / f"{name}-{args.seeds[0]}"
-        / f"guidance_scale={rows[name]['guidance_scale']}"
-        / "samples"
-        for name in table
-        if name in rows
-    }
-    folders["real"] = args.folder / "reconstructions" / "pixels"
-    images = [Image.open(min(folder.glob(f"{n}/*.png"))) for folder in folders.values() for n in range(10)]
-    draw_grid(images, list(folders)).save(path)
-
-
-def report(args: Arguments) -> None:
-    """Write `comparison.json`, tables and plots."""
-    comparison = collect(args)
-    write_whole(args.folder / "comparison.json", json.dumps(comparison, indent=2).encode())
-    for name, table in TABLES.items():
-        if not table.keys() & comparison["rows"].keys():
-            continue
-        text = markdown(comparison, table, with_tokenizers=name == "tokenizers")
-        write_whole(args.folder / f"{name}.md", text.encode())
-        print(f"\n{text}")
-        draw_bars(comparison, table, args.folder / f"comparison_{name}.png")
-        draw_speed(comparison, table, args.folder / f"comparison_{name}_speed.png")
-        draw_samples(args, comparison["rows"], table, args.folder / f"comparison_{name}_samples.png")
-
-
 def main(args: Arguments) -> None:
     """Do what is missing, then report."""
-    note = {"quick": args.quick, "training": json.loads(CONFIG.read_text(encoding="utf-8"))}
-    note |= {name: json.loads(path.read_text(encoding="utf-8")) for name, path in TOKENIZER_CONFIGS.items()}
+    note = {"quick": args.quick, "training": read_json(CONFIG)}
+    note |= {name: read_json(path) for name, path in TOKENIZER_CONFIGS.items()}
     note |= {"backbones": BACKBONES, "heads": HEADS, "scales": SCALES, "batch_size": BATCH_SIZE}
     claim_folder(args.folder, json.loads(json.dumps(note)), make_accelerator())
     prepare_data(args)
@@ -492,7 +291,8 @@ def main(args: Arguments) -> None:
     run_all([partial(train_and_evaluate, args, model, seed) for seed in args.seeds for model in models], args.jobs)
     for row in args.only:  # nothing beside it: the clock runs
         once(args, f"speed-{row}", time_row, row)
-    report(args)
+    write_json(args.folder / "comparison.json", collect(args))
+    run_script(EXAMPLES / "draw_comparison.py", ["--output_dir", str(args.folder)])
 
 
 if __name__ == "__main__":

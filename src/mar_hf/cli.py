@@ -2,7 +2,6 @@
 """What the `mar-hf` command does. Its arguments, and what is refused before this is imported: `mar_hf_command`."""
 
 import argparse
-import hashlib
 import re
 import sys
 import time
@@ -22,6 +21,7 @@ from mar_hf_command import SETTINGS, main
 
 from .conversion import ORIGINAL_SCALING_FACTOR, convert_checkpoint, export_checkpoint
 from .conversion.checkpoints import read_config, read_json, weight_files
+from .evaluation import choose_classes, class_name, image_generator
 from .models import BACKBONES, ARConfig, load_text_encoder
 from .pipelines import MARPipeline
 from .tokenizers import ImageTokenizer, ImageTokenizerConfig
@@ -179,44 +179,8 @@ def choose_subjects(
         return "prompt", list(prompts), list(prompts)
     if pipeline.transformer.config.num_classes == 0:
         raise ValueError("this model knows no classes: give it a `--prompt`")
-    labels = choose_classes(pipeline, class_labels)
+    labels = choose_classes(pipeline, class_labels, "--class-labels")
     return "class_labels", labels, [class_name(pipeline, label) for label in labels]
-
-
-def choose_classes(pipeline: MARPipeline, wanted: Sequence[str] | None) -> list[int]:
-    """Class numbers of names or numbers, each once; of none the model's classes, or eight of them if they are many.
-
-    Args:
-        pipeline ([`MARPipeline`]): it knows how many classes there are, and their names.
-        wanted (`Sequence[str]`, *optional*): names, or numbers in decimal digits where no class has such a name.
-
-    Returns:
-        `list[int]`: in the order wanted.
-
-    Raises:
-        ValueError: if a name is unknown. (A number out of range is for the pipeline to refuse.)
-    """
-    count = pipeline.transformer.config.num_classes
-    if wanted is None:
-        return list(range(count)) if count <= FEW_CLASSES else list(range(0, count, -(-count // 8)))
-    known = pipeline.labels
-    labels = [known.get(name, int(name) if name.isdecimal() else None) for name in wanted]
-    if None in labels:
-        some = ", ".join(list(known)[:FEW_CLASSES]) or "numbers only, this model names no classes"
-        raise ValueError(f"`--class-labels`: {wanted[labels.index(None)]!r} is unknown; known are {some}")
-    return list(dict.fromkeys(labels))
-
-
-def class_name(pipeline: MARPipeline, label: int) -> str:
-    """The name of a class, or "class 7" where the model names none."""
-    names = {int(key): name for key, name in (pipeline.config.id2label or {}).items()}
-    return names.get(label, f"class {label}")
-
-
-def image_generator(seed: int, label: int | str, number: int) -> torch.Generator:
-    """The random generator of one picture: it depends on seed, class or text, and number alone."""
-    digest = hashlib.sha256(f"{seed}/{label}/{number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def describe(folder: Path) -> list[tuple[str, str]]:

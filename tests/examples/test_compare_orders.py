@@ -2,7 +2,6 @@
 """`examples/compare_orders.py`: everything once in small, started again, and what the tables say of known numbers."""
 
 import json
-import pathlib
 import sys
 from functools import partial
 
@@ -11,12 +10,13 @@ from PIL import Image
 
 from mar_hf import ImageTokenizer
 from mar_hf.models import BACKBONES
+from mar_hf.training import TokenizerTrainingArguments, parse_arguments
 from snippets import ROOT
 
 
 sys.path.insert(0, str(ROOT / "examples"))
 import compare_orders  # noqa: E402
-import train_tokenizer  # noqa: E402
+import draw_comparison  # noqa: E402
 
 
 ONLY = ["mar_pixels_4", "raster_causal_categorical", "mar_categorical"]
@@ -91,7 +91,7 @@ def test_tables_have_mean_and_deviation_of_the_seeds(tmp_path):
     assert row["without"]["fd_pixels"] == [10.0, 1.0]
     assert row["with"]["fd_pixels"] == [5.0, 0.0]
     assert row["with"]["classifier_accuracy"] == [pytest.approx(0.51), pytest.approx(0.01)]
-    lines = compare_orders.markdown(comparison, compare_orders.ORDERS, with_tokenizers=False).splitlines()
+    lines = draw_comparison.markdown(comparison, draw_comparison.ORDERS, with_tokenizers=False).splitlines()
     assert lines[2:] == [
         "| cross-entropy | random | causal | 1 | 1,234 | 20.00 ± 0.00 | 19.00 ± 0.00 | 26.0 ± 1.0 % "
         "| 26.0 ± 1.0 % | 3 | 0.500 | 0.062 |",
@@ -103,7 +103,7 @@ def test_tables_have_mean_and_deviation_of_the_seeds(tmp_path):
     # Of one seed there is no deviation.
     comparison = compare_orders.collect(compare_orders.Arguments(str(tmp_path), only=["mar_diffusion"], seeds=[0]))
     assert comparison["rows"]["mar_diffusion"]["guidance_scale"] == 1.5
-    table = compare_orders.markdown(comparison, compare_orders.TOKENIZERS, with_tokenizers=True)
+    table = draw_comparison.markdown(comparison, draw_comparison.TOKENIZERS, with_tokenizers=True)
     assert "| KL | diffusion | 1.25 | 1,234 | 9.00 | 3.00 | 50.0 % | 50.0 % | 1.5 |" in table
 
 
@@ -123,7 +123,7 @@ def test_the_models_are_of_about_the_same_size():
 @pytest.mark.parametrize("name", compare_orders.TOKENIZER_CONFIGS)
 def test_the_tokenizers_make_such_tokens(name):
     words = ["--config", str(compare_orders.TOKENIZER_CONFIGS[name]), "--train_data_dir", "a", "--output_dir", "b"]
-    args = train_tokenizer.parse_arguments(train_tokenizer.Arguments, words)
+    args = parse_arguments(TokenizerTrainingArguments, words)
     assert (args.resolution, len(args.block_out_channels), args.latent_channels) == (16, 2, 4)
     if name == "vq":
         assert args.quantize
@@ -132,18 +132,9 @@ def test_the_tokenizers_make_such_tokens(name):
 
 def test_every_row_has_a_model_and_a_table():
     assert {model for model, _ in compare_orders.ROWS.values()} == set(compare_orders.MODELS)
-    assert compare_orders.ORDERS.keys() | compare_orders.TOKENIZERS.keys() == compare_orders.ROWS.keys()
+    assert draw_comparison.ORDERS.keys() | draw_comparison.TOKENIZERS.keys() == compare_orders.ROWS.keys()
     page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
-    assert [row for row in compare_orders.TOKENIZERS if f"`{row}`" not in page] == []
-
-
-def test_tasks_run_side_by_side_and_failures_are_told(tmp_path):
-    files = [tmp_path / str(number) for number in range(3)]
-    compare_orders.run_all([partial(pathlib.Path.touch, file) for file in files], 2)
-    assert all(file.exists() for file in files)
-    for jobs in (1, 2):
-        with pytest.raises(FileExistsError):
-            compare_orders.run_all([partial(pathlib.Path.touch, files[0], exist_ok=False)], jobs)
+    assert [row for row in draw_comparison.TOKENIZERS if f"`{row}`" not in page] == []
 
 
 @pytest.mark.parametrize(

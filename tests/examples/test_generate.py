@@ -14,15 +14,14 @@ from accelerate import debug_launcher
 from PIL import Image
 
 from example_runs import forget_accelerate
-from mar_hf.cli import image_generator
+from mar_hf.evaluation import image_generator, use_scheduler, weights_digest
+from mar_hf.training import ImageTransform, load_image_dataset
 from snippets import ROOT
 from tiny_pipelines import tiny_pipeline, tiny_transformer
-from tiny_texts import TEXT
 
 
 sys.path.insert(0, str(ROOT / "examples"))
 import generate  # noqa: E402
-from image_data import ImageTransform, load_image_dataset  # noqa: E402
 
 
 CLASSES = ["cat, kitten", "clock", "heart"]
@@ -136,7 +135,7 @@ def test_other_settings_are_refused(model, alone, changes, message):
 def test_other_weights_are_refused(alone, model, tmp_path):
     note = json.loads((alone / "settings.json").read_text())
     other = tiny_pipeline(transformer=tiny_transformer(seed=1))
-    assert generate.weights_digest(other) != note["weights"] == generate.weights_digest(tiny_pipeline())
+    assert weights_digest(other) != note["weights"] == weights_digest(tiny_pipeline())
 
 
 def test_other_peoples_folders_are_refused(model, tmp_path):
@@ -185,7 +184,7 @@ def test_guidance_in_some_steps_and_schedulers_of_diffusers(model, tmp_path):
     note = json.loads((tmp_path / "settings.json").read_text())
     assert note["scheduler"] == "DDIMScheduler" and settings.items() <= note.items()
     pipe = tiny_pipeline()
-    generate.use_scheduler(pipe, "DDIMScheduler")
+    use_scheduler(pipe, "DDIMScheduler")
     expected = pipe(class_labels=2, generator=image_generator(7, 2, 0), **settings).images[0]
     found = np.asarray(Image.open(tmp_path / "clock" / "00000.png")).astype(int)
     assert np.abs(found - np.asarray(expected)).max() <= 1
@@ -198,17 +197,6 @@ def test_a_model_without_classes(tmp_path):
     expected = pipe(generator=image_generator(7, 0, 1)).images[0]
     found = np.asarray(Image.open(tmp_path / "out" / "class 0" / "00001.png")).astype(int)
     assert np.abs(found - np.asarray(expected)).max() <= 1
-
-
-def test_classes_that_share_a_name_get_folders_of_their_own():
-    names = {0: "crane", 1: "either/or", 2: "crane"}
-    assert generate.class_folders(tiny_pipeline(id2label=names)) == {0: "crane 0", 1: "either-or", 2: "crane 2"}
-
-
-def test_models_of_texts_are_refused():
-    pipe = tiny_pipeline(transformer=tiny_transformer(**TEXT, num_classes=0), id2label=None)
-    with pytest.raises(ValueError, match="knows no classes, only texts"):
-        generate.class_folders(pipe)
 
 
 def test_half_precision_runs(model, tmp_path):

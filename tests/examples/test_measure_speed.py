@@ -7,12 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from PIL import Image
 
 from common import seeded
 from mar_hf import MARPipeline, TokenDDPMScheduler, demo_checkpoint
-from mar_hf.cli import image_generator
+from mar_hf.evaluation import image_generator, texts
 from mar_hf.generation import settings_for_budget
 from snippets import ROOT
 from tiny_pipelines import NAMES, tiny_pipeline, tiny_transformer
@@ -20,7 +19,6 @@ from tiny_texts import TEXT, tiny_text_encoder, tiny_text_tokenizer, write_peopl
 
 
 sys.path.insert(0, str(ROOT / "examples"))
-import evaluate_texts  # noqa: E402
 import measure_speed  # noqa: E402
 
 
@@ -120,35 +118,11 @@ def test_a_changed_setting_is_measured_anew(real, model, tmp_path):
     assert read(tmp_path)["points"][1]["metrics"] != before["metrics"]
 
 
-def test_pictures_are_those_of_the_setting():
-    pipe = tiny_pipeline()
-    variant, arguments = measure_speed.prepare(pipe, SETTINGS["DDIM 2"])
-    found = measure_speed.make_pictures(variant, arguments, [(0, 3), (2, 1)], seed=4)
-    assert found.shape == (2, 3, 8, 8) and found.dtype == torch.uint8
-    assert isinstance(pipe.scheduler, TokenDDPMScheduler) and variant.transformer is pipe.transformer
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    arguments = {"num_diffusion_steps": 2, "guidance_interval": (0.5, 1.0)}
-    generators = [image_generator(4, 0, 3), image_generator(4, 2, 1)]
-    expected = pipe([0, 2], generator=generators, output_type="np", **arguments).images
-    assert np.abs(found.permute(0, 2, 3, 1).numpy() - expected * 255).max() <= 0.51
-
-
 def test_a_setting_may_have_a_dtype_of_its_own(real, model, tmp_path):
     measure_speed.main(arguments(real, model, tmp_path, {"defaults": {}, "half": {"dtype": "bfloat16"}}))
     default, half = read(tmp_path)["points"]
     assert (default["dtype"], half["dtype"], half["arguments"]) == (None, "bfloat16", {})
     assert half["metrics"] != default["metrics"]
-    pipe = tiny_pipeline()
-    variant, _ = measure_speed.prepare(pipe, {"dtype": "float16"})
-    assert variant.dtype == variant.vae.dtype == torch.float16 and pipe.dtype == torch.float32
-
-
-def test_weights_in_8_bits():
-    quantization = pytest.importorskip("torchao.quantization")
-    pipe = MARPipeline.from_pretrained(demo_checkpoint())
-    variant, _ = measure_speed.prepare(pipe, {"dtype": "int8"})
-    kinds = [type(model.model.decoder_layers[0].mlp.fc1.weight) for model in (variant.transformer, pipe.transformer)]
-    assert issubclass(kinds[0], quantization.Int8Tensor) and kinds[1] is torch.nn.Parameter
 
 
 def test_a_model_without_classes(real, tmp_path):
@@ -174,8 +148,8 @@ def test_a_model_of_texts(real, tmp_path):
     report, rounds = read(tmp_path), read(tmp_path, "rounds.json")
     assert (report["num_images"], [point["name"] for point in report["points"]]) == (4, list(table))
     # The same pictures, judged by the script that is made for it.
-    rows = evaluate_texts.read_rows(people / "test")
-    candidates = evaluate_texts.read_candidates([*rows, *evaluate_texts.read_rows(people / "train")], 8)
+    rows = texts.read_rows(people / "test")
+    candidates = texts.read_candidates([*rows, *texts.read_rows(people / "train")], 8)
     pipe.register_modules(text_encoder=tiny_text_encoder().eval(), tokenizer=tiny_text_tokenizer())
     jobs = [(row["text"][0], number) for row in rows for number in range(2)]
     generators = [image_generator(0, *job) for job in jobs]
@@ -183,45 +157,14 @@ def test_a_model_of_texts(real, tmp_path):
     found = measure_speed.make_pictures(pipe, {}, jobs, seed=0).permute(0, 2, 3, 1).numpy()
     assert (found == np.stack([np.asarray(picture) for picture in pictures])).all()
     asked = [row for row in rows for _ in range(2)]
-    found = evaluate_texts.nearest(evaluate_texts.read_pixels(pictures, 8), asked, candidates)
-    expected = evaluate_texts.shares(found, asked)["both"]
+    found = texts.nearest(texts.read_pixels(pictures, 8), asked, candidates)
+    expected = texts.shares(found, asked)["both"]
     assert rounds[0]["metrics"]["texts_right"] == expected and 0 < expected < 1
 
 
 def test_captions_are_not_for_models_of_classes(real, model, tmp_path):
     with pytest.raises(ValueError, match="`captions` 'some' are for models of texts"):
         measure_speed.main(arguments(real, model, tmp_path, captions="some"))
-
-
-def test_the_curve_of_given_rounds():
-    table = {"defaults": {}, "fast": {"num_inference_steps": 2, "scheduler": "DDIMScheduler"}}
-    rounds = [
-        {"name": name, "setting": table[name], "seed": seed, "seconds": seconds, "seconds_alone": 2.0}
-        | {"metrics": {"fid": fid, "recall": 0.5}}
-        for seed, name, seconds, fid in [
-            *((1, "defaults", 6.0, 12.0), (0, "defaults", 4.0, 10.0), (2, "defaults", 40.0, 14.0)),
-            *((0, "fast", 2.0, 11.0), (1, "fast", 2.0, 12.0), (2, "fast", 10.0, 10.0)),
-        ]
-    ]
-    default, fast = measure_speed.summarise(rounds, table)
-    assert (default["seconds"], default["speed_up"], default["distance"], default["deviation"]) == (
-        6.0,
-        1.0,
-        12.0,
-        2.0,
-    )
-    # The median of 2, 3 and 4: a round in which the machine was busy is compared with itself.
-    assert (fast["seconds"], fast["speed_up"], fast["speed_up_alone"], fast["distance"]) == (2.0, 3.0, 1.0, 11.0)
-    assert fast["metrics"] == {"fid": 11.0, "recall": 0.5}
-    assert (fast["scheduler"], fast["arguments"]) == ("DDIMScheduler", {"num_inference_steps": 2})
-    text = measure_speed.draw_table({"metric": "fid", "points": [default, fast]})
-    assert text.splitlines()[3] == "| fast | 2 | 3.00 | 2 | 1.00 | 11 ± 1 | -0.5 | 0.5 |"
-
-
-def test_without_torchao_its_weights_are_refused(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(ValueError, match='`dtype` "int8" needs torchao: pip install'):
-        measure_speed.prepare(tiny_pipeline(), {"dtype": "int8"})
 
 
 def test_the_model_in_the_package_takes_the_tables(tmp_path):

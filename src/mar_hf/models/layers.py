@@ -329,19 +329,6 @@ def attend(
     return function(module, query, key, value, attention_mask, **inputs)[0]
 
 
-def pick(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Some places of a sequence, others in each row.
-
-    Args:
-        states (`torch.Tensor` of shape `(batch, length, size)`): the sequence.
-        positions (`torch.Tensor` of shape `(batch, count)`): int64.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, count, size)`.
-    """
-    return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
-
-
 def rotate(states: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """Turn pairs of channels, the first half being their first members; in float32.
 
@@ -438,7 +425,7 @@ class BackboneLayer(GradientCheckpointingLayer):
         """
         attended = self.attention(self.attention_norm(hidden_states), wanted=wanted, **attention_inputs)
         if wanted is not None:
-            hidden_states = pick(hidden_states, wanted)
+            hidden_states = hidden_states.take_along_dim(wanted[..., None], 1)
         hidden_states = hidden_states + self.dropout(attended)
         if context is not None:
             attended = self.context_attention(self.context_norm(hidden_states), *context)

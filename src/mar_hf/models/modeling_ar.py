@@ -14,7 +14,7 @@ from ..generation.schedules import check_tokens_per_step
 from ..utils import check_generator
 from .argument_docs import fill_arguments
 from .configuration_ar import ARConfig
-from .layers import BackboneLayer, check_inputs, fill_labels, pick
+from .layers import BackboneLayer, check_inputs, fill_labels
 from .modeling_backbone import BackboneInputs, BackbonePreTrainedModel, TokenHeadMixin
 from .modeling_outputs import BackboneOutput
 from .text_context import TextContext
@@ -209,8 +209,9 @@ class ARModel(ARPreTrainedModel):
         num_class_slots = contents.count(CLASS)
         held = _to_device(contents[num_class_slots:], tokens.device)
         positions = orders[:, held.clamp(min=0)]
+        held_tokens = tokens.take_along_dim(positions[..., None], 1)
         # Not the type of the projection's weights, which may be stored in another than they compute in.
-        embedding = self.token_proj(pick(tokens, positions).to(self.condition_position_embedding.dtype))
+        embedding = self.token_proj(held_tokens.to(self.condition_position_embedding.dtype))
         if self.config.position_type == "learned":
             embedding = embedding + self.position_embedding[0][positions]
         if self.config.max_tokens_per_step > 1:
@@ -427,7 +428,7 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
         condition = self(tokens, class_labels=class_labels, **inputs).condition
         count, done = tokens_per_step[-1], sum(tokens_per_step)
         if condition.shape[1] == self.config.num_tokens:
-            return pick(condition, orders[:, done - count : done])
+            return condition.take_along_dim(orders[:, done - count : done, None], 1)
         return condition[:, -count:]
 
 

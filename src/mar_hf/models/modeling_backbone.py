@@ -76,6 +76,16 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
         self.token_proj = nn.Linear(config.token_dim, width)
         self.token_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
+    def check_tokens_per_step(self, tokens_per_step: list[int]) -> None:
+        """Refuse steps that the model can't do.
+
+        Args:
+            tokens_per_step (`list[int]`): tokens of all steps.
+
+        Raises:
+            ValueError: if a step has too many.
+        """
+
     def read_text(
         self,
         blocks: list[BackboneLayer],
@@ -214,16 +224,6 @@ class TokenHeadMixin:
         defaults = {"generation_order": self.config.order, **self.head.sampling_defaults}
         # What is usual with texts (Fluid, arXiv:2410.13863, and those after it).
         return defaults if self.config.text_dim is None else {**defaults, "guidance_schedule": "constant"}
-
-    def check_tokens_per_step(self, tokens_per_step: list[int]) -> None:
-        """Refuse steps that the model can't do.
-
-        Args:
-            tokens_per_step (`list[int]`): tokens of all steps.
-
-        Raises:
-            ValueError: if a step has too many.
-        """
 
     def draw_orders(
         self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, progress: float = 1.0

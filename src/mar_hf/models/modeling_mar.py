@@ -13,7 +13,7 @@ from ..generation import sample_mask, sample_num_masked
 from ..utils import check_generator
 from .argument_docs import fill_arguments
 from .configuration_mar import MARConfig
-from .layers import BackboneLayer, check_inputs, fill_labels, pick
+from .layers import BackboneLayer, check_inputs, fill_labels
 from .modeling_backbone import BackboneInputs, BackbonePreTrainedModel, TokenHeadMixin
 from .modeling_outputs import BackboneOutput
 from .text_context import TextContext
@@ -129,7 +129,7 @@ class MARModel(MARPreTrainedModel):
         hidden_states = self.token_proj(tokens.to(places.dtype))
         hidden_states = torch.cat([embedding[:, None].expand(-1, num_prefix, -1), hidden_states], dim=1)
         hidden_states = self.token_norm(hidden_states + places)
-        kept = pick(hidden_states[:, num_prefix:], visible)
+        kept = hidden_states[:, num_prefix:].take_along_dim(visible[..., None], 1)
         hidden_states = torch.cat([hidden_states[:, :num_prefix], kept], dim=1)
         for layer, context in zip(self.encoder_layers, contexts[: len(self.encoder_layers)], strict=True):
             hidden_states = layer(hidden_states, context=context)

@@ -2,6 +2,7 @@
 """The backbone's two branches in a call of the pipeline: with the class or text, and without."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache
@@ -10,6 +11,7 @@ from ..generation import GenerationPlan
 from ..models import ARForImageGeneration, MARForImageGeneration, TextContext
 
 
+@dataclass(eq=False)
 class GuidedBackbone:
     """Predicts step after step, and keeps what later steps can use.
 
@@ -24,25 +26,16 @@ class GuidedBackbone:
             LazyMAR, arXiv:2503.12450).
     """
 
-    def __init__(
-        self,
-        transformer: MARForImageGeneration | ARForImageGeneration,
-        plan: GenerationPlan,
-        labels: torch.Tensor | None,
-        make_text_context: Callable[[bool], TextContext] | None = None,
-        refresh: int = 1,
-    ):
-        self.transformer = transformer
-        self.tokens_per_step = [step.count for step in plan.steps]
-        self.orders = plan.orders
-        self.labels = labels
-        self.make_text_context = make_text_context
-        self.refresh = refresh
-        # By the number of branches, since a cache is of one or of both.
-        self._text_contexts: dict[bool, TextContext] = {}
-        self._caches: dict[bool, Cache | None] = {}
-        # Unconditional minus conditional, for the tokens of the next steps: (B, K, D)
-        self._changes: torch.Tensor | None = None
+    transformer: MARForImageGeneration | ARForImageGeneration
+    plan: GenerationPlan
+    labels: torch.Tensor | None
+    make_text_context: Callable[[bool], TextContext] | None = None
+    refresh: int = 1
+    # By the number of branches, since a cache is of one or of both.
+    _text_contexts: dict[bool, TextContext] = field(default_factory=dict, init=False)
+    _caches: dict[bool, Cache | None] = field(default_factory=dict, init=False)
+    # Unconditional minus conditional, for the tokens of the next steps: (B, K, D)
+    _changes: torch.Tensor | None = field(default=None, init=False)
 
     def predict(self, tokens: torch.Tensor, step: int, guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Condition vectors of a step's tokens.
@@ -53,15 +46,16 @@ class GuidedBackbone:
             guided (`bool`): whether the unconditional branch is wanted.
 
         Returns:
-            two `torch.Tensor` of shape `(batch, tokens_per_step[step], hidden_size)`: with class or text, and without
+            two `torch.Tensor` of shape `(batch, count, hidden_size)`, the step's count: with class or text, and without
             it; None in place of the latter where there is no guidance.
         """
-        count = self.tokens_per_step[step]
+        steps = self.plan.steps
+        count = steps[step].count
         if not guided:
             self._changes = None
             return self._run(tokens, step, count, False), None
         if self._changes is None or self._changes.shape[1] == 0:
-            upcoming = sum(self.tokens_per_step[step : step + self.refresh])
+            upcoming = sum(later.count for later in steps[step : step + self.refresh])
             condition, negative = self._run(tokens, step, upcoming, True).chunk(2)
             self._changes = (negative - condition)[:, count:]
             return condition[:, :count], negative[:, :count]
@@ -75,19 +69,20 @@ class GuidedBackbone:
 
     def _run(self, tokens: torch.Tensor, step: int, count: int, both: bool) -> torch.Tensor:
         """Conditions of the next `count` tokens (B, K, D), followed by those of the other branch (2B, K, D)."""
+        tokens_per_step = [step.count for step in self.plan.steps]
         if both not in self._caches:
             # Made anew, it takes in all steps before; the other one lacks this step from here on.
-            self._caches = {both: self.transformer.make_cache(self.tokens_per_step)}
+            self._caches = {both: self.transformer.make_cache(tokens_per_step)}
         if both not in self._text_contexts and self.make_text_context is not None:
             self._text_contexts[both] = self.make_text_context(both)
-        orders, labels = self.orders, self.labels
+        orders, labels = self.plan.orders, self.labels
         if both:
             tokens, orders = torch.cat([tokens] * 2), torch.cat([orders] * 2)
         if both and labels is not None:
             labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
         # A wrapper of torch.compile passes methods on to the module inside, which would run as it is.
         predict = type(getattr(self.transformer, "_orig_mod", self.transformer)).predict
-        counts = [*self.tokens_per_step[:step], count]
+        counts = [*tokens_per_step[:step], count]
         return predict(
             self.transformer, tokens, orders, counts, labels, self._caches[both], self._text_contexts.get(both)
         )

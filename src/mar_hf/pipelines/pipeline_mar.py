@@ -306,7 +306,14 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         count, limit, names = num_images_per_prompt, self.transformer.config.num_classes, self.labels
         if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
             raise ValueError(f"`num_images_per_prompt` has to be an integer of at least 1, got {count!r}.")
-        labels = [None] * (num_prompts or 1) if class_labels is None else _flatten(class_labels)
+        labels, rest = [], [None] * (num_prompts or 1) if class_labels is None else [class_labels]
+        while rest:  # batched as [[1], [1]], as diffusers' own tests write them
+            part = rest.pop(0)
+            part = part.tolist() if hasattr(part, "tolist") else part  # tensors, and what numpy has
+            if isinstance(part, (list, tuple, range)):
+                rest = [*part, *rest]
+            else:
+                labels.append(part)
         if not labels:
             raise ValueError("`class_labels` is empty; None means no class.")
         if class_labels is not None and limit == 0:
@@ -627,12 +634,3 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
                 example["example_prompt"] = "..."
             build_model_card(repo_id, class_names=names, **example).push_to_hub(repo_id, token=token)
         return super().push_to_hub(repo_id, **kwargs)
-
-
-def _flatten(class_labels: Any) -> list[Any]:
-    """Labels in a row: one, several, or batched as [[1], [1]], as diffusers' own tests write them."""
-    if hasattr(class_labels, "tolist"):  # tensors, and what numpy has
-        class_labels = class_labels.tolist()
-    if not isinstance(class_labels, (list, tuple, range)):
-        return [class_labels]
-    return [label for part in class_labels for label in _flatten(part)]

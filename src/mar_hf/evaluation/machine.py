@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a measurement ran on, for its record."""
+"""What a measurement ran on and with, for its record."""
 
 import os
 import pathlib
 import platform
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -25,3 +26,16 @@ def describe_machine(device: str | torch.device = "cpu") -> dict[str, Any]:
     if torch.device(device).type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return found
+
+
+def describe_versions(*packages: str) -> dict[str, str]:
+    """Versions of Python, this package, its three libraries, and others.
+
+    Args:
+        packages (`str`): names of more, as pip knows them.
+
+    Returns:
+        `dict[str, str]`: ready for JSON.
+    """
+    names = ("mar_hf", "torch", "transformers", "diffusers", *packages)
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
