@@ -30,7 +30,7 @@ from typing import Any
 
 # Before the libraries that read them: nothing is downloaded, and nothing of the user's own decides what is found.
 if __name__ == "__main__":
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": tempfile.mkdtemp(prefix="fuzz-")}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": tempfile.mkdtemp(prefix="fuzz-")}
     os.environ |= {"TRANSFORMERS_VERBOSITY": "critical", "DIFFUSERS_VERBOSITY": "critical"}
 
 import numpy as np
@@ -178,6 +178,7 @@ def try_doors(
     spent, count, findings = dict.fromkeys(doors, 0.0), Counter(), []
     start = time.perf_counter()
     for door in doors:
+        world.start_case()
         DOORS[door](Random(0), world)  # what is built once belongs to no case
     while time.perf_counter() - start < seconds:
         left = [door for door in doors if count[door] < cases]
