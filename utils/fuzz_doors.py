@@ -30,7 +30,12 @@ from typing import Any
 
 # Before the libraries that read them: nothing is downloaded, and nothing of the user's own decides what is found.
 if __name__ == "__main__":
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": tempfile.mkdtemp(prefix="fuzz-")}
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": tempfile.mkdtemp(prefix="fuzz-"),
+    }
     os.environ |= {"TRANSFORMERS_VERBOSITY": "critical", "DIFFUSERS_VERBOSITY": "critical"}
 
 import numpy as np
@@ -43,8 +48,8 @@ import mar_hf
 
 PACKAGE = str(Path(mar_hf.__file__).parent)
 MEMORY = 6 * 2**30  # more than any case needs; beyond it the machine, not the case, would suffer
-# Of Python itself, for names of arguments that do not exist.
-WRONG_NAME = re.compile(r"unexpected keyword argument|missing \d+ required")
+# Of Python itself, for arguments that do not exist, also of what a caller hands over to be called.
+WRONG_NAME = re.compile(r"unexpected keyword argument|missing \d+ required|takes .* positional arguments? but")
 
 
 class Hang(BaseException):
@@ -123,9 +128,9 @@ def at_most(seconds: float) -> Iterator[None]:
         raise Hang(f"still running after {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(3 * seconds, exit=True)
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        faulthandler.dump_traceback_later(3 * seconds, exit=True, file=sys.__stderr__)
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()

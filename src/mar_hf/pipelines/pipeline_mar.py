@@ -146,13 +146,18 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         if transformer is not None and text_encoder is not None:
             check_text_encoder(text_encoder, transformer.config.text_dim)
         self.image_processor = VaeImageProcessor(do_resize=False)
-        self._settings: tuple[tuple[Any, Any], GenerationSettings] | None = None
+        self._settings: tuple[tuple, GenerationSettings] | None = None
         # The calls that run, by thread: a callback may call the pipeline again. Then the last one that has ended, and
         # what was in training mode before the first.
         self._calls: dict[int, list[PipelineCall]] = {}
         self._last_call = PipelineCall()
         self._in_training: list[torch.nn.Module] = []
-        self.generation_settings  # noqa: B018 (wrong defaults are found now)
+        settings = self.generation_settings  # wrong defaults are found now
+        if transformer is not None and scheduler is not None and settings.head_kwargs:
+            try:
+                transformer.head.check_scheduler(scheduler, settings.temperature, **settings.head_kwargs)
+            except ValueError as error:
+                raise ValueError(f"`head_kwargs` of `generation_defaults` do not fit: {error}") from error
 
     @property
     def labels(self) -> dict[str, int]:
@@ -175,18 +180,22 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         Without either these are the paper's with at most one step per token. Where the head can't use the saved
         temperature with the scheduler that is set, as with most of diffusers', it is 1.0.
         """
-        transformer, saved = self.transformer, self.config.generation_defaults
-        source = (transformer, copy.copy(saved))
+        transformer, scheduler, saved = self.transformer, self.scheduler, self.config.generation_defaults
+        train_steps = None if scheduler is None else scheduler.config.get("num_train_timesteps")
+        source = (transformer, train_steps, copy.copy(saved))
         if self._settings is None or self._settings[0] != source:
-            follows = {}
+            limits, follows = {"num_diffusion_steps": train_steps}, {}
+            if train_steps is not None:
+                follows["num_diffusion_steps"] = min(GenerationSettings.num_diffusion_steps, train_steps)
             if transformer is not None:
-                steps = min(GenerationSettings.num_inference_steps, transformer.config.num_tokens)
-                follows = {"num_inference_steps": steps, **transformer.sampling_defaults}
-            self._settings = (source, build_settings(follows, saved))
+                num_tokens = limits["num_inference_steps"] = transformer.config.num_tokens
+                follows["num_inference_steps"] = min(GenerationSettings.num_inference_steps, num_tokens)
+                follows |= transformer.sampling_defaults
+            self._settings = (source, build_settings(follows, saved, limits=limits))
         settings = self._settings[1]
-        if transformer is not None and self.scheduler is not None:
+        if transformer is not None and scheduler is not None:
             try:
-                transformer.head.check_scheduler(self.scheduler, settings.temperature)
+                transformer.head.check_scheduler(scheduler, settings.temperature)
             except ValueError:
                 settings = settings.override(temperature=1.0)
         return settings
@@ -249,6 +258,7 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         output_type: str = "pil",
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = (),
+        return_dict: bool = True,
     ) -> list[int | None]:
         """Check everything that a caller can get wrong and that the settings alone do not show, before any work.
 
@@ -262,6 +272,7 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
             output_type (`str`, *optional*, defaults to `"pil"`): pil, np, pt or latent.
             callback_on_step_end (`Callable`, *optional*): as `__call__` takes it.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, *optional*, defaults to `()`): names for the callback.
+            return_dict (`bool`, *optional*, defaults to `True`): as `__call__` takes it.
 
         Returns:
             `list[int | None]`: the class number of each picture, None where there is no class.
@@ -289,8 +300,12 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         if noise is not None and (not isinstance(noise, torch.Tensor) or noise.shape != shape):
             got = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
             raise ValueError(f"`noise` has to be a tensor of shape {shape}, got {got}.")
+        if noise is not None and not (noise.is_floating_point() and noise.isfinite().all()):
+            raise ValueError(f"`noise` has to hold finite floating-point numbers, got {noise.dtype}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` has to be pil, np, pt or latent, got {output_type!r}.")
+        if not isinstance(return_dict, bool):
+            raise ValueError(f"`return_dict` has to be True or False, got {return_dict!r}.")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(f"`callback_on_step_end` has to be a function, got {callback_on_step_end!r}.")
         known, names = self._callback_tensor_inputs, callback_on_step_end_tensor_inputs
@@ -432,6 +447,8 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
             ValueError: if an argument is out of range or of the wrong shape.
         """
         # 1. What is asked for
+        if self.transformer is None or self.vae is None or self.scheduler is None:
+            raise ValueError("Pictures need `transformer`, `vae` and `scheduler`, one of which is None here.")
         config, train_steps = self.transformer.config, self.scheduler.config.num_train_timesteps
         num_tokens = config.grid_height * config.grid_width
         settings = self.generation_settings.override(
@@ -461,7 +478,7 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         num_prompts = self._count_prompts(**texts) if has_texts else None
         callback, names = callback_on_step_end, callback_on_step_end_tensor_inputs
         asked = (class_labels, num_prompts, num_images_per_prompt, generator, noise, output_type)
-        labels = self.check_inputs(settings, *asked, callback, names)
+        labels = self.check_inputs(settings, *asked, callback, names, return_dict)
         device, batch_size = self._execution_device, len(labels)
         is_conditional = labels[0] is not None or num_prompts is not None
         steps = plan_steps(settings, num_tokens, is_conditional, getattr(config, "max_tokens_per_step", None))
