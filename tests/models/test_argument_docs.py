@@ -46,3 +46,32 @@ def test_an_argument_of_which_nothing_is_known():
         class Model:
             def forward(self, magic):
                 """{magic}"""
+
+
+@pytest.mark.parametrize(
+    "model_class, by_position",
+    [
+        (MARModel, ["tokens", "mask", "class_labels", "num_masked"]),
+        (
+            MARForImageGeneration,
+            ["tokens", "mask", "class_labels", "noise_scheduler", "timesteps", "noise", "num_masked"],
+        ),
+        (ARModel, ["tokens", "orders", "tokens_per_step", "class_labels", "past_key_values"]),
+        (
+            ARForImageGeneration,
+            [
+                *("tokens", "mask", "class_labels", "noise_scheduler", "timesteps", "noise"),
+                *("orders", "tokens_per_step", "past_key_values"),
+            ],
+        ),
+    ],
+)
+def test_what_may_be_given_by_position_keeps_its_place(model_class, by_position):
+    parameters = list(inspect.signature(model_class.forward).parameters.values())[1:]
+    positional = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+    assert positional == by_position
+    # The rest has a name, whatever its place is.
+    assert {one.kind for one in parameters[len(by_position) :]} == {
+        inspect.Parameter.KEYWORD_ONLY,
+        inspect.Parameter.VAR_KEYWORD,
+    }

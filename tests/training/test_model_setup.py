@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset, Features, Image, Value
 
 from example_runs import SIZES
 from mar_hf import ImageTokenizer, ImageTokenizerConfig
@@ -13,8 +14,12 @@ from mar_hf.training.model_setup import (
     build_generation_defaults,
     build_model,
     build_noise_scheduler,
+    check_model_config,
     count_classes,
+    least_label,
+    load_data,
     parameter_groups,
+    picture_channels,
     pixel_tokenizer,
 )
 from tiny_pipelines import tiny_pipeline
@@ -52,6 +57,41 @@ def test_pixels_get_zero_mean_and_unit_deviation():
     Pictures.pictures = torch.ones(9, 3, 8, 8)
     with pytest.raises(ValueError, match="a constant one can't be scaled"):
         pixel_tokenizer(Pictures(), 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hiden_size": 3}, r"`model_config` has the unknown settings \['hiden_size'\]; known are \["),
+        ({"hidden_size": "x"}, "`model_config` has a value of a wrong type: .*hidden_size"),
+        ({"preset": "enormous"}, "`preset` has to be one of .* got 'enormous'"),
+        ({"model_type": "bert"}, "`model_type` has to be one of"),
+    ],
+)
+def test_what_no_model_can_be_is_refused_before_the_data(settings, message):
+    with pytest.raises(ValueError, match=message):
+        check_model_config(arguments(model_config=json.dumps({**SIZES, **settings})))
+
+
+def test_pictures_have_the_channels_of_the_tokenizer(tmp_path):
+    data = {"train_data_dir": str(tmp_path)}
+    assert picture_channels(arguments(**data)) == 3 and picture_channels(arguments(**data, image_channels=1)) == 1
+    ImageTokenizer(ImageTokenizerConfig(in_channels=4)).save_pretrained(tmp_path / "own")
+    source = {**data, "pretrained_tokenizer": str(tmp_path / "own")}
+    assert picture_channels(arguments(**source)) == picture_channels(arguments(**source, image_channels=4)) == 4
+    with pytest.raises(ValueError, match="`image_channels` 1 has to be that of the image tokenizer: 4"):
+        picture_channels(arguments(**source, image_channels=1))
+
+
+def test_the_first_class_that_is_trained_has_pictures(tmp_path):
+    picture = {"bytes": b"", "path": None}
+    rows = {"image": [picture] * 4, "label": [3, 2, 3, 3]}
+    Dataset.from_dict(rows, features=Features({"image": Image(), "label": Value("int64")})).to_parquet(
+        str(tmp_path / "pictures.parquet")
+    )
+    with pytest.warns(UserWarning, match="classes without pictures"):
+        dataset, names = load_data(arguments(train_data_dir=str(tmp_path)), str(tmp_path), captions=False)
+    assert names == ["0", "1", "2", "3"] and least_label(dataset) == 2
 
 
 def test_vectors_and_the_head_are_not_decayed():

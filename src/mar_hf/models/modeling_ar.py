@@ -130,6 +130,7 @@ class ARModel(ARPreTrainedModel):
         tokens_per_step: list[int] | None = None,
         class_labels: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        *,
         generator: torch.Generator | list[torch.Generator] | None = None,
         **inputs: Unpack[BackboneInputs],
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
@@ -345,12 +346,13 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
         tokens: torch.Tensor,
         mask: torch.Tensor | None = None,
         class_labels: torch.Tensor | None = None,
-        orders: torch.Tensor | None = None,
-        tokens_per_step: list[int] | None = None,
-        past_key_values: Cache | None = None,
         noise_scheduler: object | None = None,
         timesteps: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
+        orders: torch.Tensor | None = None,
+        tokens_per_step: list[int] | None = None,
+        past_key_values: Cache | None = None,
+        *,
         generator: torch.Generator | list[torch.Generator] | None = None,
         **inputs: Unpack[BackboneInputs],
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
@@ -364,14 +366,13 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
             tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the tokens.
             mask (`torch.Tensor` of shape `(batch, num_tokens)`, *optional*): bool, True for tokens that count in the
                 loss; the others come first in the order, which keeps its sequence otherwise. None means all.
-            {class_labels}
+            {class_labels, noise_scheduler, timesteps, noise}
             orders (`torch.Tensor` of shape `(batch, num_tokens)`, *optional*): int64, positions in the order of
                 generation; None draws the configuration's.
             tokens_per_step (`list[int]`, *optional*): tokens of each step up to the one wanted; None means one each.
                 In training it is drawn where neither it nor `orders` is given.
             past_key_values (`Cache`, *optional*): keys and values of earlier steps; see [`ARModel`].
-            {noise_scheduler, timesteps, noise, generator, prompt_embeds, prompt_attention_mask, text_context}
-            {return_dict}
+            {generator, prompt_embeds, prompt_attention_mask, text_context, return_dict}
 
         Returns:
             [`BackboneOutput`]: `loss` (with a scheduler), `condition`: see [`ARModel`].

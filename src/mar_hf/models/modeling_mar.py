@@ -75,8 +75,9 @@ class MARModel(MARPreTrainedModel):
         mask: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         num_masked: int | None = None,
-        positions: torch.Tensor | None = None,
+        *,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        positions: torch.Tensor | None = None,
         **inputs: Unpack[BackboneInputs],
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
         """Condition vectors, for all positions or some.
@@ -88,9 +89,10 @@ class MARModel(MARPreTrainedModel):
             {class_labels}
             num_masked (`int`, *optional*): masked tokens in a row, where the caller knows it: saves counting them,
                 which waits for the device.
+            {generator}
             positions (`torch.Tensor` of shape `(batch, count)`, *optional*): int64, where a condition is wanted; the
                 last block computes no others. None: everywhere.
-            {generator, prompt_embeds, prompt_attention_mask, text_context, return_dict}
+            {prompt_embeds, prompt_attention_mask, text_context, return_dict}
 
         Returns:
             [`BackboneOutput`]: `condition` and `encoder_last_hidden_state`.
@@ -213,8 +215,9 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
         noise_scheduler: object | None = None,
         timesteps: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
         num_masked: int | None = None,
+        *,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         positions: torch.Tensor | None = None,
         **inputs: Unpack[BackboneInputs],
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
@@ -228,9 +231,10 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
             tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the tokens.
             mask (`torch.Tensor` of shape `(batch, num_tokens)`, *optional*): bool, True = to be generated; drawn in
                 training mode where not given.
-            {class_labels, noise_scheduler, timesteps, noise, generator}
+            {class_labels, noise_scheduler, timesteps, noise}
             num_masked (`int`, *optional*): masked tokens in a row: of the mask, where the caller knows it, or of the
                 one to be drawn, where it is not left to the generator.
+            {generator}
             positions (`torch.Tensor` of shape `(batch, count)`, *optional*): int64, where a condition is wanted; not
                 with a scheduler, since the loss needs all. None: everywhere.
             {prompt_embeds, prompt_attention_mask, text_context, return_dict}
