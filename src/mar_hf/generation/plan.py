@@ -87,13 +87,11 @@ class GenerationSettings:
                 continue  # it takes the batch to tell: `check_orders`
             if not isinstance(value, str) or value not in table:
                 look_up(table, value, name)
-        named = self.head_kwargs is None or isinstance(self.head_kwargs, dict)
-        if not named or not all(isinstance(name, str) for name in self.head_kwargs or ()):
+        if not isinstance(self.head_kwargs, dict | None) or set(map(type, self.head_kwargs or ())) - {str}:
             raise ValueError(f"`head_kwargs` has to be a dict of settings by name, got {self.head_kwargs!r}.")
         interval = self.guidance_interval
-        numbers = isinstance(interval, (list, tuple)) and all(
-            isinstance(end, Real) and not isinstance(end, bool) for end in interval
-        )
+        numbers = isinstance(interval, (list, tuple)) and all(isinstance(end, Real) for end in interval)
+        numbers = numbers and bool not in map(type, interval)
         if not numbers or len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
             raise ValueError(
                 f"`guidance_interval` has to be two numbers, 0 <= start < end <= 1, got {interval!r}; "
@@ -127,12 +125,11 @@ class GenerationSettings:
 GENERATION_DEFAULTS: dict[str, Any] = asdict(GenerationSettings())
 
 
-def build_settings(*sources: Mapping[str, Any] | None, limits: Mapping[str, int] | None = None) -> GenerationSettings:
+def build_settings(*sources: Mapping[str, Any] | None) -> GenerationSettings:
     """Settings from several sources, the later ones over the earlier ones.
 
     Args:
         sources (`Mapping[str, Any]`, *optional*): settings by name, as a checkpoint's `generation_defaults` has them.
-        limits (`Mapping[str, int]`, *optional*): the most of some counts, as [`GenerationSettings`] takes them.
 
     Returns:
         [`GenerationSettings`]: with the paper's where nothing is said.
@@ -149,7 +146,7 @@ def build_settings(*sources: Mapping[str, Any] | None, limits: Mapping[str, int]
         look_up(GENERATION_DEFAULTS, name, "generation_defaults")
     try:
         look_up(GENERATION_ORDERS, merged.get("generation_order", "random"), "generation_order")
-        return GenerationSettings(**merged, limits=limits)
+        return GenerationSettings(**merged)
     except ValueError as error:
         raise ValueError(f"`generation_defaults` of the pipeline: {error}") from error
 

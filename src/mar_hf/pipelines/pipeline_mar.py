@@ -201,14 +201,13 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         train_steps = None if scheduler is None else scheduler.config.get("num_train_timesteps")
         source = (transformer, train_steps, copy.copy(saved))
         if self._settings is None or self._settings[0] != source:
-            limits, follows = {"num_diffusion_steps": train_steps}, {}
+            follows = {}
             if train_steps is not None:
                 follows["num_diffusion_steps"] = min(GenerationSettings.num_diffusion_steps, train_steps)
             if transformer is not None:
-                num_tokens = limits["num_inference_steps"] = transformer.config.num_tokens
-                follows["num_inference_steps"] = min(GenerationSettings.num_inference_steps, num_tokens)
-                follows |= transformer.sampling_defaults
-            self._settings = (source, build_settings(follows, saved, limits=limits))
+                steps = min(GenerationSettings.num_inference_steps, transformer.config.num_tokens)
+                follows |= {"num_inference_steps": steps, **transformer.sampling_defaults}
+            self._settings = (source, build_settings(follows, saved))
         settings = self._settings[1]
         if transformer is not None and scheduler is not None:
             try:
@@ -274,8 +273,11 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
             [`GenerationSettings`]: checked, also against the number of tokens and the scheduler.
 
         Raises:
-            ValueError: if one does not exist or is out of its range; says so where it is a default.
+            ValueError: if one does not exist or is out of its range, where it says so of a default, or the pipeline
+                lacks a component.
         """
+        if self.transformer is None or self.vae is None or self.scheduler is None:
+            raise ValueError("Pictures need `transformer`, `vae` and `scheduler`, one of which is None here.")
         config, defaults = self.transformer.config, self.generation_settings
         most = self.scheduler.config.num_train_timesteps
         limits = {"num_inference_steps": config.grid_height * config.grid_width, "num_diffusion_steps": most}
@@ -500,8 +502,6 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
             ValueError: if an argument is out of range or of the wrong shape.
         """
         # 1. What is asked for
-        if self.transformer is None or self.vae is None or self.scheduler is None:
-            raise ValueError("Pictures need `transformer`, `vae` and `scheduler`, one of which is None here.")
         settings = self.settings_for(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
