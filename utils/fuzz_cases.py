@@ -421,7 +421,9 @@ def tokenizer(rng: Random, world: World) -> Case:
     first = next(iter(doors[door]))
     base = {first: rng.choice(doors[door][first])} | ({"std": None} if door == "sample_moments" else {})
     given = arguments(rng, doors[door], base)
-    return Case(said(f"vae[{kind}].{door}", given), lambda: getattr(vae, door)(**given), [*doors[door], "latents"])
+    return Case(
+        said(f"vae[{kind}].{door}", given), lambda: getattr(vae, door)(**given), [*doors[door], "latents", "tokens"]
+    )
 
 
 def forward(rng: Random, world: World) -> Case:
