@@ -46,7 +46,7 @@ class PromptMixin:
                 `negative_prompt`.
             negative_prompt_attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*): likewise.
             max_sequence_length (`int`, *optional*): tokens after which a prompt is cut; None means the model's
-                `num_text_tokens` (the tokenizer's limit without a transformer), or the tokenizer's limit where that is lower.
+                `num_text_tokens`, or the tokenizer's limit where that is lower or there is no model.
 
         Returns:
             four `torch.Tensor`: states of shape `(texts * num_images_per_prompt, length, text_dim)` and bool mask of
