@@ -584,6 +584,32 @@ def test_encode_prompt(each):
     assert torch.equal(latents(each, **given, generator=seeds(0, 1, 2, 3)), expected)
 
 
+def test_texts_are_encoded_apart_from_the_model(each):
+    parts = {"text_encoder": each.text_encoder, "tokenizer": each.tokenizer}
+    apart = MARPipeline(transformer=None, vae=None, scheduler=None, **parts)
+    for found, expected in zip(
+        apart.encode_prompt(["a red heart", ""], 2), each.encode_prompt(["a red heart", ""], 2)
+    ):
+        assert torch.equal(found, expected)
+    assert apart.encode_prompt("")[0].shape == (1, 1, each.transformer.config.text_dim)
+    with pytest.raises(ValueError, match="`prompt_embeds` needs `transformer`, which is None"):
+        apart.encode_prompt(prompt_embeds=torch.zeros(1, 2, 16))
+    with pytest.raises(ValueError, match="`prompt` needs `text_encoder` and `tokenizer`"):
+        MARPipeline(transformer=None, vae=None, scheduler=None).encode_prompt("a cat")
+
+
+@pytest.mark.parametrize("count", ["2", 0, True, 1.0])
+def test_rows_for_each_text_are_a_whole_number(each, count):
+    with pytest.raises(ValueError, match=f"`num_images_per_prompt` .* got {count!r}"):
+        each.encode_prompt("a cat", count)
+
+
+@pytest.mark.parametrize("states", [torch.tensor(0.0), torch.zeros(0, 1, 16), 5], ids=["scalar", "empty", "number"])
+def test_states_are_counted_only_where_there_are_texts(each, states):
+    with pytest.raises(ValueError, match="`prompt` .* or `prompt_embeds` .* got "):
+        each(prompt_embeds=states)
+
+
 def test_components_are_shared_and_exchanged():
     pipe = tiny_text_pipeline()
     again = MARPipeline(**pipe.components, id2label=NAMES, generation_defaults=pipe.config.generation_defaults)
@@ -617,9 +643,7 @@ def test_what_a_pipeline_without_parts_refuses():
         empty.encode_prompt("")
     with pytest.raises(ValueError, match=r"no \['transformer', 'vae', 'scheduler'\]"):
         empty(1)
-    with pytest.raises(ValueError, match="`max_sequence_length` has to be an integer from 1 on, got 0"):
-        empty.encode_prompt("cat", max_sequence_length=0)
     with pytest.raises(ValueError, match="`num_images_per_prompt`"):
-        empty.encode_prompt("cat", num_images_per_prompt=2.0)
+        tiny_text_pipeline().encode_prompt("cat", num_images_per_prompt=2.0)
     with pytest.raises(ValueError, match="Unicode"):
         tiny_text_pipeline()(prompt="\ud800")

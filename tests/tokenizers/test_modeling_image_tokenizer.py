@@ -766,3 +766,32 @@ def test_autoencoders_that_are_not_known(autoencoder):
     settings = {"_class_name": autoencoder.__name__, "latent_channels": 4}
     with pytest.raises(ValueError, match=message):
         pixels(autoencoder=settings)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "x", [[1.0]], torch.zeros(0, 3, 8, 8), torch.zeros(1, 3, 0, 8)], ids=str)
+@pytest.mark.parametrize(
+    "door, name",
+    [
+        ("encode", "pixel_values"),
+        ("encode_moments", "pixel_values"),
+        ("decode", "latents"),
+        ("patchify", "latents"),
+        ("unpatchify", "tokens"),
+    ],
+)
+def test_what_is_no_tensor_or_holds_nothing_is_refused(door, name, wrong):
+    tokenizer = ImageTokenizer(ImageTokenizerConfig(patch_size=2))
+    with pytest.raises(ValueError, match=f"`{name}` has to be of shape .* got "):
+        getattr(tokenizer, door)(wrong)
+
+
+def test_moments_and_rows_of_other_types_are_refused():
+    tokenizer, mean = ImageTokenizer(ImageTokenizerConfig()), torch.zeros(1, 3, 2, 2)
+    with pytest.raises(ValueError, match="`mean` and `std` .* got 'x' and None"):
+        tokenizer.sample_moments("x", None)
+    with pytest.raises(ValueError, match="`mean` and `std` .* and 0.5"):
+        tokenizer.sample_moments(mean, 0.5)
+    with pytest.raises(ValueError, match="`generator` has to be a torch.Generator .* got 5"):
+        tokenizer.sample_moments(mean, mean, 5)
+    with pytest.raises(ValueError, match="`grid_height`"):
+        tokenizer.unpatchify(torch.zeros(1, 4, 3), 2.0)

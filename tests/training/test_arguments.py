@@ -81,6 +81,7 @@ def test_defaults_are_allowed(kind):
         ("learning_rate", math.inf, "has to be a finite number, got inf"),
         ("learning_rate", -1e-3, "has to be at least 0, got -0.001"),
         ("learning_rate", True, "has to be a finite number, got True"),
+        ("seed", 10**400, r"has to be below 2\*\*32, got 1000"),
         ("lr_warmup_steps", -1, "has to be at least 0, got -1"),
         ("seed", -1, "has to be at least 0, got -1"),
         ("seed", 2**32, r"has to be below 2\*\*32, got 4294967296"),

@@ -163,13 +163,18 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
                 )
             vars(transformer)["_of_pipeline"] = own
         self.image_processor = VaeImageProcessor(do_resize=False)
-        self._settings: tuple[tuple[Any, Any], GenerationSettings] | None = None
+        self._settings: tuple[tuple, GenerationSettings] | None = None
         # The calls that run, by thread: a callback may call the pipeline again. Then the last one that has ended, and
         # what was in training mode before the first.
         self._calls: dict[int, list[PipelineCall]] = {}
         self._last_call = PipelineCall()
         self._in_training: list[torch.nn.Module] = []
-        self.generation_settings  # noqa: B018 (wrong defaults are found now)
+        settings = self.generation_settings  # wrong defaults are found now
+        if transformer is not None and scheduler is not None and settings.head_kwargs:
+            try:
+                transformer.head.check_scheduler(scheduler, settings.temperature, **settings.head_kwargs)
+            except ValueError as error:
+                raise ValueError(f"`head_kwargs` of `generation_defaults` do not fit: {error}") from error
 
     @property
     def labels(self) -> dict[str, int]:
@@ -192,18 +197,21 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         Without either these are the paper's with at most one step per token. Where the head can't use the saved
         temperature with the scheduler that is set, as with most of diffusers', it is 1.0.
         """
-        transformer, saved = self.transformer, self.config.generation_defaults
-        source = (transformer, copy.copy(saved))
+        transformer, scheduler, saved = self.transformer, self.scheduler, self.config.generation_defaults
+        train_steps = None if scheduler is None else scheduler.config.get("num_train_timesteps")
+        source = (transformer, train_steps, copy.copy(saved))
         if self._settings is None or self._settings[0] != source:
             follows = {}
+            if train_steps is not None:
+                follows["num_diffusion_steps"] = min(GenerationSettings.num_diffusion_steps, train_steps)
             if transformer is not None:
                 steps = min(GenerationSettings.num_inference_steps, transformer.config.num_tokens)
-                follows = {"num_inference_steps": steps, **transformer.sampling_defaults}
+                follows |= {"num_inference_steps": steps, **transformer.sampling_defaults}
             self._settings = (source, build_settings(follows, saved))
         settings = self._settings[1]
-        if transformer is not None and self.scheduler is not None:
+        if transformer is not None and scheduler is not None:
             try:
-                transformer.head.check_scheduler(self.scheduler, settings.temperature)
+                transformer.head.check_scheduler(scheduler, settings.temperature)
             except ValueError:
                 settings = settings.override(temperature=1.0)
         return settings
@@ -265,7 +273,8 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
             [`GenerationSettings`]: checked, also against the number of tokens and the scheduler.
 
         Raises:
-            ValueError: if one does not exist or is out of its range; says so where it is a default.
+            ValueError: if one does not exist or is out of its range, where it says so of a default, or the pipeline
+                lacks a component.
         """
         if missing := [name for name in ("transformer", "vae", "scheduler") if getattr(self, name) is None]:
             raise ValueError(f"This pipeline has no {missing}, without which it makes no pictures.")
@@ -294,6 +303,7 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         output_type: str = "pil",
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = (),
+        return_dict: bool = True,
     ) -> list[int | None]:
         """Check everything that a caller can get wrong and that the settings alone do not show, before any work.
 
@@ -307,6 +317,7 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
             output_type (`str`, *optional*, defaults to `"pil"`): pil, np, pt or latent.
             callback_on_step_end (`Callable`, *optional*): as `__call__` takes it.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, *optional*, defaults to `()`): names for the callback.
+            return_dict (`bool`, *optional*, defaults to `True`): as `__call__` takes it.
 
         Returns:
             `list[int | None]`: the class number of each picture, None where there is no class.
@@ -334,8 +345,12 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         if noise is not None and (not isinstance(noise, torch.Tensor) or noise.shape != shape):
             got = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
             raise ValueError(f"`noise` has to be a tensor of shape {shape}, got {got}.")
+        if noise is not None and not (noise.is_floating_point() and noise.isfinite().all()):
+            raise ValueError(f"`noise` has to hold finite floating-point numbers, got {noise.dtype}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` has to be pil, np, pt or latent, got {output_type!r}.")
+        if not isinstance(return_dict, bool):
+            raise ValueError(f"`return_dict` has to be True or False, got {return_dict!r}.")
         if output_type == "pil" and self.vae.image_channels > 4:
             raise ValueError(
                 f"`output_type` has to be np, pt or latent: PIL knows no {self.vae.image_channels} channels."
@@ -517,7 +532,7 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         num_prompts = self._count_prompts(**texts) if has_texts else None
         callback, names = callback_on_step_end, callback_on_step_end_tensor_inputs
         asked = (class_labels, num_prompts, num_images_per_prompt, generator, noise, output_type)
-        labels = self.check_inputs(settings, *asked, callback, names)
+        labels = self.check_inputs(settings, *asked, callback, names, return_dict)
         config, device, batch_size = self.transformer.config, self._execution_device, len(labels)
         is_conditional = labels[0] is not None or num_prompts is not None
         num_tokens = config.grid_height * config.grid_width

@@ -129,7 +129,8 @@ def check_types(settings: Any) -> None:
 def _is_a(value: Any, kind: type) -> bool:
     if kind in (int, float):
         wide = int if kind is int else (int, float)
-        return isinstance(value, wide) and not isinstance(value, bool) and math.isfinite(value)
+        fits = isinstance(value, wide) and not isinstance(value, bool)
+        return fits and (isinstance(value, int) or math.isfinite(value))
     return isinstance(value, kind)
 
 
@@ -437,7 +438,7 @@ def _words_of_file(path: str, known: set[str]) -> list[str]:
         # Every JSON file is a YAML file, but for numbers as 1e-4, which YAML 1.1 takes for strings.
         text = pathlib.Path(path).read_text(encoding="utf-8")
         settings = json.loads(text) if path.endswith(".json") else _load_yaml(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"`config` {path!r} can't be read: {error}") from error
     if not isinstance(settings, dict) or not settings.keys() <= known:
         wrong = sorted(settings.keys() - known) if isinstance(settings, dict) else type(settings).__name__
