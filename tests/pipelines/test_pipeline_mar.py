@@ -807,7 +807,9 @@ def test_half_precision_keeps_the_picture(either, dtype):
     either.to(dtype)
     for part in either.components.values():
         if isinstance(part, torch.nn.Module):
-            assert {parameter.dtype for parameter in part.parameters()} == {dtype}
+            # Diffusers' AutoencoderKL says by default that it overflows in float16.
+            upcast = getattr(part, "force_upcast", False) and dtype == torch.float16
+            assert {parameter.dtype for parameter in part.parameters()} == {torch.float32 if upcast else dtype}
     found = either(**settings, generator=seeds(0)).images
     assert found.dtype == torch.float32
     assert (found - expected).abs().max() < 0.1 * expected.abs().max()

@@ -3,7 +3,7 @@
 
 from mar_hf.training import TrainingArguments
 from mar_hf.training.cards import describe_training, settings_table
-from mar_hf.training.checkpoints import Progress
+from mar_hf.training.run_checkpoints import Progress
 
 
 def test_settings_that_are_not_the_default_ones_are_told(tmp_path):

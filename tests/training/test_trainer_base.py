@@ -20,7 +20,7 @@ from example_runs import SIZES, forget_accelerate
 from mar_hf import ImageTokenizer, ImageTokenizerConfig, MARPipeline
 from mar_hf.training import Trainer, TrainingArguments
 from mar_hf.training.batches import TrainingBatches
-from mar_hf.training.checkpoints import check_checkpoint, list_checkpoints
+from mar_hf.training.run_checkpoints import check_checkpoint, list_checkpoints
 
 
 COUNT = 15

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .arguments import TrainingArguments
-from .checkpoints import Progress
+from .run_checkpoints import Progress
 
 
 # Where something lay, and whose it is, tells nobody else anything.

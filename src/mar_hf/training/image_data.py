@@ -18,7 +18,7 @@ from PIL import ImageFile, ImageOps
 from torch.utils.data import DataLoader
 
 from ..utils import check_generator, draw, import_extra
-from .folders import SPLITS, TRAINING, Tree, class_folders, read_tree, training_prefix
+from .image_folders import SPLITS, TRAINING, Tree, class_folders, read_tree, training_prefix
 from .picture_modes import center_crop, check_channels
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from .folders import class_folders, read_tree, training_prefix
+from .image_folders import class_folders, read_tree, training_prefix
 
 
 INDEX = "index.json"

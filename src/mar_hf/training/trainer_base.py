@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from .accelerator import make_accelerator
 from .arguments import BaseTrainingArguments
 from .batches import PositionedDataset, TrainingBatches
-from .checkpoints import Progress, list_checkpoints, load_checkpoint, remove_left_overs, save_checkpoint
 from .resuming import remembered_settings
+from .run_checkpoints import Progress, list_checkpoints, load_checkpoint, remove_left_overs, save_checkpoint
 
 
 logger = get_logger(__name__)

@@ -24,8 +24,8 @@ from .arguments import TokenizerTrainingArguments
 from .autoencoders import Autoencoder, Reconstruction, build_autoencoder, latent_statistics, perplexity
 from .batches import Collator, example_generators
 from .curves import write_curves, write_samples
-from .folders import held_out_folder
 from .image_data import ImageTransform, load_image_dataset, some_pictures
+from .image_folders import held_out_folder
 from .reconstruction_losses import PatchDiscriminator, PerceptualLoss, discriminator_loss
 from .resuming import fingerprint_pictures
 from .trainer_base import BaseTrainer

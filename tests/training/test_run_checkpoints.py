@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mar_hf.training.checkpoints import (
+from mar_hf.training.run_checkpoints import (
     check_checkpoint,
     list_checkpoints,
     load_checkpoint,

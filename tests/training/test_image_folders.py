@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mar_hf.training.folders import (
+from mar_hf.training.image_folders import (
     HELD_OUT,
     SPLITS,
     class_folders,
