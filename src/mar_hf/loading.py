@@ -128,7 +128,7 @@ def find_weights(source: str | os.PathLike, variant: str | None = None, **hub: A
     if os.path.isdir(place) and (found := list(filter(DISTRIBUTED.fullmatch, os.listdir(place)))):
         raise ValueError(f"{place} holds shards of a distributed run ({min(found)}); save the model as a whole.")
     name, index_name = (
-        known if variant is None else known.replace(".safetensors", f".{variant}.safetensors")
+        known if variant is None else f".{variant}.".join(known.rsplit(".", 1))
         for known in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     )
     if (found := find_file(source, name, **hub)) is not None:
