@@ -156,6 +156,11 @@ def test_wrong_betas_are_refused(betas):
         TokenDDPMScheduler(num_train_timesteps=3, trained_betas=betas)
 
 
+def test_betas_that_leave_no_noise_are_refused():
+    with pytest.raises(ValueError, match="`trained_betas` has to leave signal and noise"):
+        TokenDDPMScheduler(num_train_timesteps=3, trained_betas=[1e-300] * 3)
+
+
 # Noise
 
 

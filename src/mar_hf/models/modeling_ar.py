@@ -354,9 +354,8 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
     def forward(
         self,
         tokens: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,  # what counts in the loss comes last in the order
         class_labels: torch.Tensor | None = None,
-        # Of the loss, in the places that they have in every model with a head.
         noise_scheduler: object | None = None,
         timesteps: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,

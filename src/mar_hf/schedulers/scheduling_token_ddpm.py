@@ -98,7 +98,8 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
             off the last timesteps.
 
     Raises:
-        ValueError: if a setting is none of those named, or the betas are not one for each step, between 0 and 1.
+        ValueError: if a setting is none of those named, or the betas are not one for each step, between 0 and 1, and large
+            enough to tell.
     """
 
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
@@ -146,6 +147,10 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"`trained_betas` has to hold {num_train_timesteps} numbers between 0 and 1.")
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
         self._train_tables = _tables(self.alphas_cumprod, self.betas)
+        if not all(table.isfinite().all() for table in self._train_tables.values()):
+            raise ValueError(
+                f"`trained_betas` has to leave signal and noise at every step, got {trained_betas!r:.60}."
+            )
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
