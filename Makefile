@@ -9,7 +9,7 @@ CHECKED := $(wildcard src tests examples benchmarks utils setup.py)
 .PHONY: demo test style quality clean
 
 demo: $(VENV)/base.stamp
-	HF_HUB_OFFLINE=1 $(BIN)/mar-hf generate --demo --num-images-per-class 1 --output demo.png
+	HF_HUB_OFFLINE=1 $(BIN)/mar-hf generate --demo --num-images-per-class 1 --batch-size 35 --output demo.png
 
 # Tests are small: a process of its own for each core does more than several threads for each test.
 test: $(VENV)/test.stamp

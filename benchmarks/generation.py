@@ -43,7 +43,13 @@ from scenarios import DEFAULTS, GROUPS, SCENARIOS
 
 import mar_hf
 from mar_hf import MARConfig, MARPipeline, TokenDDPMScheduler
-from mar_hf.generation import GUIDANCE_SCHEDULES, HEAD_STEP_SCHEDULES, TOKEN_SCHEDULES
+from mar_hf.generation import (
+    GUIDANCE_SCHEDULES,
+    HEAD_STEP_SCHEDULES,
+    TOKEN_SCHEDULES,
+    GenerationSettings,
+    plan_generation,
+)
 
 
 # Autoregressive steps whose operations are counted where whole calls are timed.
@@ -203,9 +209,9 @@ class PlainSide(Side):
             raise ValueError(f"The plain reference knows no `{name}`, got {self.settings[name]!r}; see `--ours`.")
         self.autocast = None if scenario["autocast"] is None else DTYPES[scenario["autocast"]]
         self.dtype = self.autocast or torch.float32
-        order, head_steps = self.settings["generation_order"], self.settings["num_diffusion_steps"]
-        drawn = pipe.prepare_randomness(self.batch_size, order, head_steps, self.generators(), None)
-        self.orders, self.noise = (tensor.to(self.device) for tensor in drawn[:2])
+        settings = GenerationSettings(**self.settings)
+        drawn = plan_generation(settings, pipe.transformer.config, [], self.generators(), device=self.device)
+        self.orders, self.noise = drawn.orders, drawn.noise
 
     def generate(self, plan: Plan, recorder: Recorder | None) -> None:
         """One call, in the plain form: tokens and pictures. A recorder learns what takes how long, and the latents.

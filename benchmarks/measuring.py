@@ -203,12 +203,12 @@ class Recorder:
         Args:
             pipe ([`MARPipeline`]): of any backbone; where it has no encoder, everything is the decoder's.
         """
-        model, head, vae = pipe.transformer.model, pipe.transformer.head, pipe.vae
-        sample, decode = head.sample, vae.decode
+        model, vae, kind = pipe.transformer.model, pipe.vae, type(pipe.transformer.head)
+        draw, decode = kind.draw, vae.decode
 
-        def timed_sample(*args: Any, **kwargs: Any) -> torch.Tensor:
+        def timed_draw(*args: Any, **kwargs: Any) -> torch.Tensor:
             self.lap("other")
-            tokens = sample(*args, **kwargs)
+            tokens = draw(*args, **kwargs)
             self.lap("head")
             return tokens
 
@@ -228,8 +228,9 @@ class Recorder:
                 handles.append(model.decoder_proj.register_forward_pre_hook(lambda *_: self.lap("encoder")))
             for handle in handles:
                 stack.callback(handle.remove)
-            head.sample, vae.decode = timed_sample, timed_decode
-            stack.callback(delattr, head, "sample")
+            # On the class: a call may run on a view of the head.
+            kind.draw, vae.decode = timed_draw, timed_decode
+            stack.callback(setattr, kind, "draw", draw)
             stack.callback(delattr, vae, "decode")
             yield
 

@@ -5,8 +5,7 @@
 
 Trains tokenizers and models with `train_tokenizer.py` and `train.py`, measures them with `evaluate.py`, and writes
 `comparison.json`, of which `draw_comparison.py` makes tables and plots. Each finished part is a file in `results/`:
-started again, it does what is missing and goes on with what was cut off. docs/comparison.md says what is compared, and
-why so.
+started again, it does what is missing and goes on with what was cut off. docs/comparison.md says what is compared.
 """
 
 import json
@@ -35,9 +34,9 @@ from mar_hf.training import (
     latent_statistics,
     load_image_dataset,
     make_accelerator,
-    parse_arguments,
     some_pictures,
 )
+from mar_hf.training.programs import run_program
 from mar_hf.utils import atomic_folder
 
 
@@ -296,4 +295,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(Arguments))
+    run_program(main, Arguments)

@@ -17,7 +17,7 @@ from mar_hf.evaluation.folders import read_json, write_text
 from mar_hf.evaluation.pictures import save_grid
 from mar_hf.evaluation.plots import draw_bars, draw_points
 from mar_hf.evaluation.tables import markdown_table
-from mar_hf.training import parse_arguments
+from mar_hf.training.programs import run_program
 
 
 # The rows of the tables, with what is said of each.
@@ -123,6 +123,8 @@ def main(args: Arguments) -> None:
         args (`Arguments`): of the command line.
     """
     folder = pathlib.Path(args.output_dir)
+    if not (folder / "comparison.json").exists():
+        raise ValueError(f"`output_dir` {args.output_dir!r} has no comparison.json: run compare_orders.py first.")
     comparison = read_json(folder / "comparison.json")
     for name, table in TABLES.items():
         if table.keys() & comparison["rows"].keys():
@@ -133,4 +135,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(Arguments))
+    run_program(main, Arguments)

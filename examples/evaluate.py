@@ -29,9 +29,10 @@ from mar_hf.evaluation import (
 )
 from mar_hf.evaluation.classes import choose_folders, choose_labels
 from mar_hf.evaluation.folders import read_json, write_json
-from mar_hf.evaluation.sampling import DTYPES, SAMPLING, check_counts, picture_size
+from mar_hf.evaluation.sampling import DTYPES, SAMPLING, check_counts, check_sampling, picture_size
 from mar_hf.evaluation.sweeps import draw_sweep, parse_sweeps
-from mar_hf.training import make_accelerator, parse_arguments
+from mar_hf.training import make_accelerator
+from mar_hf.training.programs import run_program
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Run:
         accelerator (`Accelerator`): its processes share the generation, the main one measures.
 
     Raises:
-        ValueError: if `output_dir` holds something else.
+        ValueError: if a setting is out of its range, or `output_dir` holds something else.
     """
 
     def __init__(self, args: Arguments, accelerator: Accelerator):
@@ -92,6 +93,8 @@ class Run:
             # Folder of the samples -> what the reference calls such pictures.
             self.labels = {folders[number]: label for number, label in labels.items()}
             self.size = picture_size(self.pipeline)
+            for name, value in parse_sweeps(args.sweep):  # the last one should not fail after hours
+                check_sampling(self.pipeline, {name: value})
             self.settings["weights_digest"] = weights_digest(self.pipeline)
         else:
             samples = Pictures(args.samples_dir)
@@ -179,4 +182,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(Arguments))
+    run_program(main, Arguments)

@@ -27,7 +27,8 @@ from mar_hf.evaluation.pictures import save_grid
 from mar_hf.evaluation.plots import draw_lines
 from mar_hf.evaluation.sampling import check_counts
 from mar_hf.evaluation.texts import ATTRIBUTES, chance, judge_texts, limit, read_candidates, read_pixels, read_rows
-from mar_hf.training import center_crop, make_accelerator, parse_arguments
+from mar_hf.training import center_crop, make_accelerator
+from mar_hf.training.programs import run_program
 from mar_hf.utils import atomic_folder
 
 
@@ -158,4 +159,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(Arguments))
+    run_program(main, Arguments)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from mar_hf.evaluation import generate, load_pipeline, use_scheduler
 from mar_hf.evaluation.sampling import DTYPES, SAMPLING, check_counts
-from mar_hf.training import make_accelerator, parse_arguments
+from mar_hf.training import make_accelerator
+from mar_hf.training.programs import run_program
 
 
 @dataclass
@@ -72,4 +73,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(Arguments))
+    run_program(main, Arguments)

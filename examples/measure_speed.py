@@ -44,7 +44,8 @@ from mar_hf.evaluation.speed import (
     time_pictures,
 )
 from mar_hf.evaluation.texts import nearest, read_candidates, read_pixels, read_rows, shares
-from mar_hf.training import make_accelerator, parse_arguments
+from mar_hf.training import make_accelerator
+from mar_hf.training.programs import run_program
 
 
 TABLE = pathlib.Path(__file__).parent / "configs" / "speed.json"
@@ -202,4 +203,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(Arguments))
+    run_program(main, Arguments)

@@ -27,6 +27,14 @@ LIMITS = {
     "temperature": (0.0, 1000.0),
 }
 SETTINGS = ("num_inference_steps", "num_diffusion_steps", "guidance_scale", "temperature")
+CONFIG_TYPES = {
+    "_class_name": str,
+    "model_type": str,
+    "architectures": list,
+    "generation_defaults": dict,
+    "id2label": dict,
+    "text_encoder": list,
+}
 MANY = 40  # names shown in a message
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -137,6 +145,7 @@ def check_export(args: argparse.Namespace) -> None:
     if not os.path.isdir(args.src):
         raise ValueError(f"SRC is {args.src!r}, where there is no folder")
     _check_place("DST", Path(args.dst))
+    check_configs(Path(args.src))
 
 
 def check_info(args: argparse.Namespace) -> None:
@@ -146,7 +155,7 @@ def check_info(args: argparse.Namespace) -> None:
         name = "emoji" if vars(args).get("prompt") is None else "text"
     if name is not None:
         args.model, args.demo = demo.demo_checkpoint(name), name
-    _peek_model(args.model)
+    _check_model(args.model)
 
 
 def check_generate(args: argparse.Namespace) -> None:
@@ -177,9 +186,9 @@ def check_generate(args: argparse.Namespace) -> None:
     if args.text_encoder is not None and args.prompt is None:
         raise ValueError("`--text-encoder` goes with `--prompt`")
     check_info(args)
-    _check_subjects(args)
     if args.text_encoder is None and args.prompt is not None and args.demo == "text":
         args.text_encoder = demo.demo_text_encoder()
+    _check_subjects(args)
 
 
 def _check_place(argument: str, path: Path) -> None:
@@ -191,49 +200,80 @@ def _check_place(argument: str, path: Path) -> None:
         raise ValueError(f"{argument} is {str(path)!r}, but nothing may be written to {str(place)!r}")
 
 
-def _peek_model(model: str) -> Path | None:
-    """The folder of a model on this machine, None if it is on the hub; a `ValueError` if it can be neither."""
+def _check_model(model: str) -> None:
+    """Refuse what is no model: neither a folder with sound configurations nor on the hub."""
     folder = Path(model)
     if model and folder.is_dir():
         if not any((folder / name).is_file() for name in ("model_index.json", "config.json")):
             raise ValueError(f"{folder}: neither model_index.json nor config.json, no folder of a model")
-        return folder
-    if model and folder.exists():
+        check_configs(folder)
+    elif model and folder.exists():
         raise ValueError(f"MODEL is {model!r}, a file; it has to be a folder or a hub id")
-    if not HUB_ID.fullmatch(model):
+    elif not HUB_ID.fullmatch(model):
         raise ValueError(f"MODEL is {model!r}: there is no such folder, and it is no hub id")
-    # The hub's client alone is quick to import, and what is found stays in its cache.
-    from huggingface_hub import hf_hub_download
+    else:
+        # The hub's client alone is quick to import, and what is found stays in its cache.
+        from huggingface_hub import hf_hub_download
 
-    hf_hub_download(model, "model_index.json")
-    return None
+        hf_hub_download(model, "model_index.json")
 
 
-def _peek(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is none, which is told by who really needs it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no file."""
+    if not path.is_file():
         return {}
-    return content if isinstance(content, dict) else {}
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def check_configs(folder: Path) -> None:
+    """Refuse a saved model if what tells one class from another in its configurations is not of the right kind.
+
+    Args:
+        folder (`pathlib.Path`): of a pipeline or of one component.
+
+    Raises:
+        ValueError: naming the file, the entry, and what is expected.
+    """
+    names = ("model_index.json", "config.json", "*/config.json", "*/scheduler_config.json")
+    for path in [path for name in names for path in sorted(folder.glob(name))]:
+        config = _read_json(path)
+        for key, kind in CONFIG_TYPES.items():
+            if not isinstance(config.get(key) or kind(), kind):
+                raise ValueError(f"{path}: `{key}` is {config[key]!r:.100}, expected {kind.__name__}")
+        if path.name == "model_index.json" and "_class_name" not in config:
+            raise ValueError(f"{path}: `_class_name` is missing, the pipeline's")
+        classes = config.get("id2label") or {}
+        if path.name == "model_index.json" and not all(
+            re.fullmatch("[0-9]+", number) and isinstance(name, str) for number, name in classes.items()
+        ):
+            raise ValueError(f"{path}: `id2label` has to map numbers to names, got {classes!r:.100}")
 
 
 def _check_subjects(args: argparse.Namespace) -> None:
-    """Refuse classes that the model does not know, as far as its files on this machine tell."""
-    config = _peek(Path(args.model, "transformer", "config.json"))
-    if not config:
+    """Refuse classes and texts that the model does not know, as far as its files on this machine tell."""
+    if not Path(args.model).is_dir():
         return
-    count = config.get("num_classes")  # defaults are not in the file
+    index, config = (_read_json(Path(args.model, name)) for name in ("model_index.json", "transformer/config.json"))
+    if not index or not config:
+        missing = "transformer/config.json" if index else "model_index.json"
+        raise ValueError(f"{args.model}: {missing} is missing, so this is no whole pipeline")
+    count = config.get("num_classes")  # a default is not in the file
     if args.prompt is not None:
         if config.get("text_dim") is None:
             raise ValueError("`--prompt`: this model takes no texts, it knows classes only")
+        if args.text_encoder is None and index.get("text_encoder", [None])[0] is None:
+            raise ValueError("`--prompt` needs the pipeline's `text_encoder`, and it has none: give `--text-encoder`")
         return
     if count == 0:
         raise ValueError("this model knows no classes: give it a `--prompt`")
-    names = _peek(Path(args.model, "model_index.json")).get("id2label") or {}
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        return
-    known = list(dict.fromkeys(alias for name in names.values() for alias in (name, *name.split(", "))))
+    names = (index.get("id2label") or {}).values()
+    known = list(dict.fromkeys(alias for name in names for alias in (name, *name.split(", "))))
     for label in args.class_labels or ():
         if label not in known and not label.isdecimal():
             some = ", ".join(known[:MANY]) or "numbers only, this model names no classes"

@@ -15,7 +15,7 @@ from diffusers import AutoencoderTiny
 from huggingface_hub import HfApi
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -278,6 +278,15 @@ def test_an_index_has_a_map(index, shards):
     refused(shards, shards, "index.json has to hold a `weight_map`")
 
 
+@pytest.mark.parametrize("name", ["../w.safetensors", "w.safetensors", "w.safetensors.index.json"])
+def test_a_configuration_names_no_weights(name, folder):
+    # transformers reads such an index, and loads whatever it names.
+    shutil.copy(folder / "model.safetensors", folder / "w.safetensors")
+    (folder / "w.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": "/w.bin"}}))
+    configure(folder, transformers_weights=name)
+    refused(folder, folder, "names other weights, `transformers_weights`", name)
+
+
 def test_shards_of_a_distributed_run_are_not_preferred(folder):
     shutil.copy(folder / "model.safetensors", folder / "shard-00000-model-00001-of-00001.safetensors")
     refused(folder, folder, "holds shards of a distributed run (shard-00000")
@@ -391,9 +400,8 @@ def test_json_without_an_object_is_refused(content):
 
 
 def with_adapter(base):
-    """The model of a folder with an adapter that matters."""
-    model = MARForImageGeneration.from_pretrained(base)
-    model.add_adapter(LoraConfig(target_modules=["qkv"], r=2))
+    """The model of a folder with an adapter that matters, as peft makes it."""
+    model = get_peft_model(MARForImageGeneration.from_pretrained(base), LoraConfig(target_modules=["qkv"], r=2))
     for name, parameter in model.named_parameters():
         if "lora" in name:
             torch.nn.init.normal_(parameter)
@@ -405,14 +413,14 @@ def test_a_model_with_an_adapter_comes_back(whole, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     loaded = MARForImageGeneration.from_pretrained(tmp_path / "adapter")
     assert any("lora" in name for name in loaded.state_dict())
-    assert_same_tensors(loaded.state_dict(), model.state_dict())
+    assert_same_tensors(loaded.state_dict(), model.get_base_model().state_dict())
     # The same inside of a pipeline.
-    pipe = tiny_pipeline(transformer=with_adapter(whole).eval())
-    pipe.save_pretrained(tmp_path / "pipe")
-    assert not (tmp_path / "pipe" / "transformer" / "config.json").exists()
-    found = MARPipeline.from_pretrained(tmp_path / "pipe").transformer
-    assert any("lora" in name for name in found.state_dict())
-    assert_same_tensors(found.state_dict(), pipe.transformer.state_dict())
+    folder = tmp_path / "pipe"
+    tiny_pipeline().save_pretrained(folder)
+    shutil.rmtree(folder / "transformer")
+    shutil.copytree(tmp_path / "adapter", folder / "transformer")
+    found = MARPipeline.from_pretrained(folder).transformer
+    assert_same_tensors(found.state_dict(), loaded.state_dict())
 
 
 def test_adapters_are_checked_like_models(folder, tmp_path):
@@ -482,51 +490,13 @@ def index(folder, **changes):
         (
             "transformer",
             ["transformers", "BertModel"],
-            (
-                "of class MARForImageGeneration or ARForImage",
-                "got BertModel",
-            ),
+            ("of class MARForImageGeneration or AR", "got BertModel"),
         ),
-        (
-            "transformer",
-            ["mar_hf", "MARModel"],
-            (
-                "has to be of class",
-                "got MARModel",
-            ),
-        ),
-        (
-            "transformer",
-            ["mar_hf", "ImageTokenizer"],
-            (
-                "has to be of class",
-                "got ImageTokenizer",
-            ),
-        ),
-        (
-            "vae",
-            ["diffusers", "AutoencoderKL"],
-            (
-                "class ImageTokenizer, got AutoencoderKL",
-                "from_autoencoder",
-            ),
-        ),
-        (
-            "scheduler",
-            ["diffusers", "UNet2DModel"],
-            (
-                "has to be of class SchedulerMixin",
-                "got UNet2DModel",
-            ),
-        ),
-        (
-            "scheduler",
-            ["mar_hf", "DiffusionHead"],
-            (
-                "has to be of class SchedulerMixin",
-                "got DiffusionHead",
-            ),
-        ),
+        ("transformer", ["mar_hf", "MARModel"], ("has to be of class", "got MARModel")),
+        ("transformer", ["mar_hf", "ImageTokenizer"], ("has to be of class", "got ImageTokenizer")),
+        ("vae", ["diffusers", "AutoencoderKL"], ("class ImageTokenizer, got AutoencoderKL", "from_autoencoder")),
+        ("scheduler", ["diffusers", "UNet2DModel"], ("has to be of class SchedulerMixin", "got UNet2DModel")),
+        ("scheduler", ["mar_hf", "DiffusionHead"], ("has to be of class SchedulerMixin", "got DiffusionHead")),
         ("text_encoder", ["transformers", "T5TokenizerFast"], ("has to be of class PreTrainedModel",)),
         ("text_encoder", ["transformers", "AutoModel"], ("has to be of class PreTrainedModel",)),
         ("tokenizer", ["transformers", "BertModel"], ("has to be of class PreTrainedTokenizerBase",)),
@@ -556,6 +526,18 @@ def test_parts_that_are_given_are_not_looked_at(pipeline):
     index(pipeline, scheduler=["mar_hf", "DiffusionHead"])
     found = MARPipeline.from_pretrained(pipeline, vae=tiny_pixels(), scheduler=None)
     assert isinstance(found.vae, ImageTokenizer) and found.scheduler is None
+
+
+@pytest.mark.parametrize("name", [None, ["pipeline", "Pipeline"], 5])
+def test_an_index_brings_no_code(name, pipeline):
+    (pipeline / "pipeline.py").write_text("raise SystemExit('this ran')")
+    refused(index(pipeline, _class_name=name), "has to name a class in `_class_name`", cls=MARPipeline)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{", '"x"'])
+def test_broken_schedulers_are_named(content, pipeline):
+    (pipeline / "scheduler" / "scheduler_config.json").write_text(content)
+    refused(pipeline, pipeline, cls=MARPipeline, error=(ValueError, OSError))
 
 
 @pytest.mark.parametrize("content", ["null", "[]", "{", '"x"'])

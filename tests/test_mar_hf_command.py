@@ -74,6 +74,7 @@ REFUSED = [
     (["generate", __file__], "a file; it has to be a folder or a hub id"),
     (["info", str(DATA)], "neither model_index.json nor config.json"),
     (["info", ""], "MODEL is ''"),
+    (["generate", f"{demo_checkpoint()}/transformer"], "model_index.json is missing, so this is no whole pipeline"),
     (["info", "--demo", "\udcff"], "invalid choice"),
     (["convert", "nosuch", "dst"], "'nosuch': No such file"),
     (["convert", str(DATA), "dst"], "No such file"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mar_hf.utils import CELL, atomic_file, atomic_folder, draw_grid
+from mar_hf.utils import CELL, atomic_file, atomic_folder, draw_grid, import_extra
 
 
 def names(folder):
@@ -333,3 +333,10 @@ def test_a_full_disk_leaves_the_old_file_and_is_told_with_its_name(tmp_path, ful
     with full_disk(100), pytest.raises(OSError, match="dst"):
         write_file(tmp_path / "dst", "new" * 1000)
     assert content(tmp_path / "dst") == {"old"} and names(tmp_path) == ["dst"]
+
+
+def test_an_absent_extra_is_named(monkeypatch):
+    assert import_extra("json", "train").loads("1") == 1
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'`datasets` is needed here: pip install "mar_hf\[train\]"'):
+        import_extra("datasets", "train")

@@ -17,11 +17,12 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from mar_hf_command import SETTINGS, main
+from mar_hf_command import SETTINGS, check_configs, main
 
 from .conversion import ORIGINAL_SCALING_FACTOR, convert_checkpoint, export_checkpoint
 from .conversion.checkpoints import read_config, read_json, weight_files
 from .evaluation import choose_classes, class_name, image_generator
+from .evaluation.classes import is_conditional
 from .models import BACKBONES, ARConfig, load_text_encoder
 from .pipelines import MARPipeline
 from .tokenizers import ImageTokenizer, ImageTokenizerConfig
@@ -100,7 +101,7 @@ def _pictures(
                 return {}
 
             images = pipeline(
-                **{kind: [wanted[index] for index, _ in batch]},
+                **{kind: len(batch) if kind == "num_images_per_prompt" else [wanted[index] for index, _ in batch]},
                 generator=[image_generator(args.seed, wanted[index], number) for index, number in batch],
                 callback_on_step_end=count,
                 callback_on_step_end_tensor_inputs=[],
@@ -149,7 +150,10 @@ def _device(name: str | None) -> str:
 
 def info(args: argparse.Namespace) -> None:
     """Describe a model: components, sizes, geometry, scheduler, saved defaults, classes."""
-    folder = Path(args.model if Path(args.model).is_dir() else MARPipeline.download(args.model))
+    folder = Path(args.model)
+    if not folder.is_dir():
+        folder = Path(MARPipeline.download(args.model))
+        check_configs(folder)
     print("\n".join(f"{key:<13}{value}".rstrip() for key, value in describe(folder)))
 
 
@@ -170,15 +174,20 @@ def choose_subjects(
         prompts (`Sequence[str]`, *optional*): texts instead.
 
     Returns:
-        the pipeline's argument, its values, and what to call each of them.
+        the pipeline's argument, its values, and what to call each of them. A model that was trained without classes
+            and texts is asked for a number of pictures; that of its one class was never trained.
 
     Raises:
-        ValueError: if the model knows no classes and no texts are given, or a class is unknown.
+        ValueError: if the model knows texts only and none are given, or a class is unknown.
     """
     if prompts is not None:
         return "prompt", list(prompts), list(prompts)
     if pipeline.transformer.config.num_classes == 0:
         raise ValueError("this model knows no classes: give it a `--prompt`")
+    if not is_conditional(pipeline):
+        if class_labels is None:
+            return "num_images_per_prompt", [0], ["pictures"]
+        print("mar-hf: `--class-labels`: this model was trained without classes, it seems", file=sys.stderr)
     labels = choose_classes(pipeline, class_labels, "--class-labels")
     return "class_labels", labels, [class_name(pipeline, label) for label in labels]
 
@@ -209,20 +218,17 @@ def describe(folder: Path) -> list[tuple[str, str]]:
     rows = [("model", f"{index.get('_class_name', 'one component')} in {folder}")]
     for key, part in parts.items():
         config = configs[key] or _json(part / "scheduler_config.json")
-        name = str(config.get("_class_name") or "") or " ".join(map(str, config.get("architectures") or "?"))
+        name = config.get("_class_name") or " ".join(map(str, config.get("architectures") or "?"))
         rows.append((key or "component", f"{name:<24}{_size(part) if configs[key] else ''}"))
-    by_type = {str(config.get("model_type")): parts[key] for key, config in configs.items()}
+    by_type = {config.get("model_type"): parts[key] for key, config in configs.items()}
     transformer = next((part for name, part in by_type.items() if name in BACKBONES), None)
     rows += _geometry(transformer, by_type.get(ImageTokenizerConfig.model_type))
     if scheduler := _json(folder / "scheduler" / "scheduler_config.json"):
         rows.append(("timesteps", _settings(scheduler)))
-    for name in ("generation_defaults", "id2label"):
-        if not isinstance(index.get(name) or {}, dict):
-            raise ValueError(f"{folder / 'model_index.json'}: `{name}` has to be an object, got {index[name]!r}")
     if defaults := index.get("generation_defaults"):
         rows.append(("defaults", _settings(defaults)))
     if names := index.get("id2label"):
-        few = f": {', '.join(map(str, names.values()))}" if len(names) <= FEW_CLASSES else ""
+        few = f": {', '.join(names.values())}" if len(names) <= FEW_CLASSES else ""
         rows.append(("classes", f"{len(names)}{few}"))
     return rows
 

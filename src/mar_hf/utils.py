@@ -376,6 +376,21 @@ def atomic_file(dst: str | os.PathLike) -> Iterator[Path]:
         os.replace(partial, target)
 
 
+def on_white(picture: Image.Image) -> Image.Image:
+    """A picture whose clear parts are white.
+
+    Args:
+        picture (`PIL.Image.Image`): of 8 bits a channel.
+
+    Returns:
+        `PIL.Image.Image`: RGB.
+    """
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
 def draw_grid(images: Sequence[Image.Image], names: Sequence[str]) -> Image.Image:
     """One row of pictures for each name, with the name before it; many rows stand in blocks side by side.
 
@@ -402,6 +417,6 @@ def draw_grid(images: Sequence[Image.Image], names: Sequence[str]) -> Image.Imag
         start, top = index // rows * block + left, gap + index % rows * (height + gap)
         draw.text((start - 2 * gap, top + height // 2), text, fill="black", font=font, anchor="rm", align="right")
         for column, image in enumerate(images[index * columns : (index + 1) * columns]):
-            enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            enlarged = on_white(image).resize((width, height), Image.Resampling.NEAREST)
             grid.paste(enlarged, (start + column * (width + gap), top))
     return grid

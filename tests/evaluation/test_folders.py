@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders of results: claimed once, refused to other settings; pictures that are whole."""
 
+import numpy as np
 import pytest
 from accelerate import Accelerator
 from PIL import Image
 
-from mar_hf.evaluation.folders import claim_folder, is_whole, read_json, write_json, write_text
+from mar_hf.evaluation.folders import claim_folder, is_whole, read_arrays, read_json, write_json, write_text
 
 
 def test_a_folder_belongs_to_its_settings(tmp_path):
@@ -53,3 +54,17 @@ def test_a_file_that_can_not_be_written_stays_as_it_was(tmp_path):
         write_text(tmp_path / "a.json", "half of it \ud800")
     assert read_json(tmp_path / "a.json") == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_damaged_files_of_arrays_are_named(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, a=np.arange(1000), b=np.zeros(2))
+    assert {name: array.tolist() for name, array in read_arrays(path).items()}["b"] == [0, 0]
+    data = path.read_bytes()
+    np.save(tmp_path / "single.npy", np.zeros(2))
+    np.savez(tmp_path / "objects.npz", np.array([{}]))
+    damaged = [data[:-40], data[:200] + b"x" * 50 + data[250:], b"", b"text", (tmp_path / "single.npy").read_bytes()]
+    for broken in [*damaged, (tmp_path / "objects.npz").read_bytes()]:
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="a.npz' can't be read as an .npz file of arrays"):
+            read_arrays(path)

@@ -133,3 +133,13 @@ def test_broken_statistics_files_leave_the_good_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         metrics.write_statistics(path, *metrics.statistics(normal(30)))
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["reference.npz"]
+
+
+@pytest.mark.parametrize("mean, covariance", [(3, (3, 4)), ((3, 1), (3, 3)), (2, (3, 3))])
+def test_statistics_that_do_not_fit_each_other_are_refused(mean, covariance, tmp_path):
+    np.savez(tmp_path / "file.npz", mu=np.zeros(mean), sigma=np.zeros(covariance))
+    with pytest.raises(ValueError, match="`mu` and `sigma` of '.*file.npz' have to be finite, of shapes"):
+        metrics.read_statistics(tmp_path / "file.npz")
+    np.savez(tmp_path / "file.npz", mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
+    with pytest.raises(ValueError, match="have to be finite"):
+        metrics.read_statistics(tmp_path / "file.npz")

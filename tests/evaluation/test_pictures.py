@@ -50,6 +50,16 @@ def test_files_without_pictures_are_refused(tmp_path):
         Pictures(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((2, 8, 8)), np.zeros((2, 8, 8, 3)), np.zeros((2, 8, 8, 1), np.uint8), np.zeros((0, 8, 8, 3), "u1")],
+)
+def test_arrays_that_are_no_pictures_are_refused(array, tmp_path):
+    np.savez(tmp_path / "file.npz", array)
+    with pytest.raises(ValueError, match=r"`arr_0` of '.*file.npz' has to be uint8 of shape"):
+        Pictures(tmp_path / "file.npz")
+
+
 def test_pictures_and_grids_are_written_whole(folder, arrays, tmp_path, monkeypatch):
     pixel_values = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1
     save_pictures(pixel_values[:2], [tmp_path / "new" / "0.png", tmp_path / "new" / "1.png"])

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documentation says what is true: its code runs, its commands and options exist, its links lead somewhere."""
 
+import dataclasses
 import inspect
 import re
 import runpy
 
 import pytest
 
-from mar_hf import MARPipeline, generation
-from mar_hf.cli import build_parser
+from mar_hf import MARPipeline, generation, training
+from mar_hf.training import cache_latents
+from mar_hf.training.programs import TRAINERS
+from mar_hf_command import build_parser
 from snippets import ROOT, blocks, commands
 
 
@@ -18,12 +21,26 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 TOOLS = ("pip", "pytest")  # other people's, whose options are not ours to check
 
 
-def known_options(script):
-    """The options of a script, with `argparse` or with a dataclass of `HfArgumentParser`."""
+def known_options(words):
+    """The options of a script, or of a module of the package, with `argparse` or a dataclass of `HfArgumentParser`."""
+    if "mar_hf.training" in words:
+        name = words[words.index("mar_hf.training") + 1]
+        kind = TRAINERS["model" if name.startswith("--") else name] if name != "latents" else cache_latents
+        return options_of(kind)
+    script = ROOT / next(word for word in words if word.endswith(".py"))
+    assert script.exists(), words
     source = script.read_text(encoding="utf-8")
+    if found := re.search(r"run_trainer\((\w+)\)|run_cache\(\)", source):
+        return options_of(getattr(training, found[1] or "cache_latents"))
     fields = re.findall(r"^    (\w+): [^=\n]+ = field\(", source, re.MULTILINE)
-    fields += ["config"] if "parse_arguments(" in source else []
+    fields += ["config"] if re.search(r"\b(run_program|parse_arguments)\(", source) else []
     return {f"--{name}" for name in fields} | set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source))
+
+
+def options_of(kind):
+    """The options of a training, or of the cache."""
+    arguments = training.LatentCacheArguments if kind is training.cache_latents else kind.arguments_class
+    return {"--config", *(f"--{field.name}" for field in dataclasses.fields(arguments))}
 
 
 @pytest.mark.slow
@@ -51,10 +68,9 @@ def test_commands_exist(page):
         elif words[0] == "mar-hf":
             build_parser().parse_args(words[1:])
         elif words[0] == "python" or words[:2] == ["accelerate", "launch"]:
-            number = next(number for number, word in enumerate(words) if word.endswith(".py"))
-            script, options = ROOT / words[number], {word for word in words[number:] if word.startswith("--")}
-            assert script.exists(), words
-            assert options <= known_options(script), options - known_options(script)
+            program = next(number for number, word in enumerate(words) if re.search(r"\.py$|^mar_hf\.", word))
+            options = {word for word in words[program:] if word.startswith("--")}
+            assert options <= known_options(words), options - known_options(words)
         else:
             assert words[0] in TOOLS, words
 

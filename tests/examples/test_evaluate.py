@@ -13,6 +13,7 @@ from PIL import Image
 from common import seeded
 from mar_hf.evaluation import extract, read_statistics, statistics
 from mar_hf.evaluation.features import PixelFeatures
+from mar_hf.training import parse_arguments
 from snippets import ROOT
 from tiny_pipelines import tiny_pipeline
 
@@ -139,6 +140,13 @@ def test_what_was_generated_before_a_stop_is_used(real, model, tmp_path):
     assert read(tmp_path)["results"] == expected and kept.stat().st_mtime_ns == time
 
 
+@pytest.mark.parametrize("sweep", [["temperature", "1", "-1"], ["generation_order", "raster", "../../x"]])
+def test_a_value_out_of_range_is_refused_before_the_first_picture(real, model, tmp_path, sweep):
+    with pytest.raises(ValueError, match=f"`{sweep[0]}` has to "):
+        evaluate.main(arguments(real, tmp_path / "out", model, sweep=sweep))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_two_processes_measure_the_same(real, model, tmp_path):
     settings = {"sweep": ["temperature", "0.5", "1"]}
@@ -178,9 +186,9 @@ def test_statistics_from_a_file(real, model, tmp_path, with_pictures):
 def test_sweeps_of_the_command_line():
     words = "--reference . --output_dir b --pretrained_model_name_or_path c".split()
     words += "--sweep temperature 1 0.9 --sweep guidance_scale 2".split()
-    args = evaluate.parse_arguments(evaluate.Arguments, words)
+    args = parse_arguments(evaluate.Arguments, words)
     assert args.sweep == ["temperature", "1", "0.9", "guidance_scale", "2"]
-    assert evaluate.parse_arguments(evaluate.Arguments, words[:6]).sweep == []
+    assert parse_arguments(evaluate.Arguments, words[:6]).sweep == []
 
 
 @pytest.mark.parametrize(

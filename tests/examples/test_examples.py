@@ -209,7 +209,7 @@ def test_train_tokenizer_with_a_variational_autoencoder(workplace, emoji, tmp_pa
 def test_train_refuses_too_few_pictures(workplace, emoji, tmp_path):
     words = ["python", "examples/train.py", "--train_data_dir", emoji, "--output_dir", tmp_path / "out"]
     error = last_line(run([*words, "--train_batch_size", "13"], workplace, fails=True))
-    assert error == "ValueError: 12 examples are fewer than a batch of all processes: 13."
+    assert error == "mar_hf.training: 12 examples are fewer than a batch of all processes: 13."
     assert not (tmp_path / "out").exists()
 
 

@@ -21,6 +21,13 @@ def latents(pipe, class_labels=1, **kwargs):
     return pipe(class_labels, output_type="latent", **kwargs).images
 
 
+@pytest.fixture
+def warnings(caplog):
+    """The pipeline's own warnings."""
+    caplog.set_level(logging.WARNING, logger="mar_hf.pipelines.pipeline_mar")
+    return caplog
+
+
 # Threads, and calls inside calls
 
 
@@ -153,7 +160,6 @@ def test_an_exact_name_goes_before_an_alias():
         ({0: None}, "name class 0 by a text, got None"),
         ({0: 7}, "name class 0 by a text, got 7"),
         ({0: ["a"]}, r"name class 0 by a text, got \['a'\]"),
-        ({0: " "}, "name class 0 by a text, got ' '"),
         ({0: "a", "0": "b"}, "names class 0 twice: 'a' and 'b'"),
         (["a", "b"], "a dict of names by class number"),
         ("ab", "a dict of names by class number"),
@@ -164,14 +170,23 @@ def test_names_that_are_none(id2label, message):
         tiny_pipeline(id2label=id2label)
 
 
+def test_components_alone_lose_names_and_defaults_and_say_so(warnings):
+    pipe = tiny_pipeline()
+    again = MARPipeline.from_pipe(pipe)
+    assert again.labels == pipe.labels and again.generation_defaults == pipe.generation_defaults
+    parts = {"id2label": pipe.config.id2label, "generation_defaults": pipe.config.generation_defaults}
+    MARPipeline(**pipe.components, **parts)
+    assert warnings.records == []
+    MARPipeline(**pipe.components, id2label=NAMES)
+    (record,) = warnings.records
+    assert "['generation_defaults']" in record.message and "from_pipe" in record.message
+    warnings.clear()
+    MARPipeline(**pipe.components, **parts)
+    MARPipeline(**pipe.components)
+    assert "['id2label', 'generation_defaults']" in warnings.records[-1].message
+
+
 # Numbers that are none, and too large ones
-
-
-@pytest.fixture
-def warnings(caplog):
-    """The pipeline's own warnings."""
-    caplog.set_level(logging.WARNING, logger="mar_hf.pipelines.pipeline_mar")
-    return caplog
 
 
 def test_a_decoder_that_gives_no_numbers_is_reported(warnings):
@@ -189,6 +204,25 @@ def test_a_decoder_that_gives_no_numbers_is_reported(warnings):
 def test_numbers_of_pictures(count):
     with pytest.raises(ValueError, match="`num_images_per_prompt`"):
         tiny_pipeline()(1, num_images_per_prompt=count)
+
+
+def test_guidance_against_what_was_never_trained_is_warned_of(warnings):
+    pipe = tiny_pipeline(transformer=tiny_transformer(class_dropout_prob=0.0))
+    pipe(1, guidance_scale=1.0)
+    pipe(None, guidance_scale=3.0)  # without a class there is no guidance
+    assert warnings.records == []
+    pipe(1, guidance_scale=3.0)
+    (record,) = warnings.records
+    assert "`guidance_scale` 3.0" in record.message and "`class_dropout_prob` 0" in record.message
+
+
+def test_a_class_that_may_not_have_been_trained_is_warned_of(warnings):
+    pipe = tiny_pipeline(transformer=tiny_transformer(num_classes=1), id2label=None)
+    pipe()
+    assert warnings.records == []
+    pipe(0)
+    (record,) = warnings.records
+    assert "`class_labels`" in record.message and "trained without any" in record.message
 
 
 # Callbacks
@@ -247,6 +281,17 @@ def test_wrong_defaults_are_refused_when_a_checkpoint_is_loaded(tmp_path):
     index.write_text(index.read_text().replace('"num_diffusion_steps": 4', '"num_diffusion_steps": "four"'))
     with pytest.raises(ValueError, match="`generation_defaults` of the pipeline: `num_diffusion_steps`.*got 'four'"):
         MARPipeline.from_pretrained(tmp_path)
+
+
+def test_a_default_that_does_not_fit_the_model_is_called_a_default():
+    pipe = tiny_pipeline(generation_defaults={"num_inference_steps": 99, "num_diffusion_steps": 2})
+    with pytest.raises(ValueError, match=r"`generation_defaults` of .*: `num_inference_steps`.* 1\.\.16, got 99"):
+        pipe(1)
+    pipe(1, num_inference_steps=3)
+    with pytest.raises(ValueError, match=r"^`num_inference_steps` has to lie in 1\.\.16 \(the tokens\), got 17"):
+        pipe(1, num_inference_steps=17)
+    with pytest.raises(ValueError, match=r"have to be in .*'temperature'.*got \['speed'\]"):
+        pipe.settings_for(speed=1)
 
 
 def test_defaults_that_are_registered_later_count_and_are_checked():

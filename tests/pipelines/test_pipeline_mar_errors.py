@@ -13,7 +13,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from mar_hf import ImageTokenizer, ImageTokenizerConfig
+from mar_hf import ImageTokenizer, ImageTokenizerConfig, MARPipeline, TokenDDPMScheduler
 from mar_hf.generation import GENERATION_ORDERS
 from tiny_pipelines import seeds, tiny_pipeline, tiny_transformer
 
@@ -107,21 +107,26 @@ def test_no_labels(refused, labels):
         ({"noise": torch.zeros(2, 16, 5, 12)}, ["(1, 16, 5, 12)", "got (2, 16, 5, 12)"]),
         ({"noise": torch.zeros(16, 5, 12)}, ["(1, 16, 5, 12)", "got (16, 5, 12)"]),
         ({"noise": [0.0]}, ["(1, 16, 5, 12)", "got list"]),
+        ({"noise": torch.full((1, 16, 5, 12), float("nan"))}, ["finite floating-point numbers"]),
+        ({"noise": torch.zeros(1, 16, 5, 12, dtype=torch.long)}, ["floating-point numbers", "got torch.int64"]),
         ({"context_noise": -0.1}, ["[0, 1]", "got -0.1"]),
         ({"context_noise": 1.5}, ["[0, 1]", "got 1.5"]),
         ({"context_noise": "some"}, ["[0, 1]", "got 'some'"]),
         ({"head_kwargs": ["top_k"]}, ["a dict", "got ['top_k']"]),
+        ({"head_kwargs": {1: 2}}, ["settings by name", "got {1: 2}"]),
         ({"guidance_interval": (0.5, 0.5)}, ["0 <= start < end <= 1", "got (0.5, 0.5)", "`guidance_scale=1.0`"]),
         ({"guidance_interval": [0.2, 1.1]}, ["0 <= start < end <= 1", "got [0.2, 1.1]"]),
         ({"guidance_interval": (-0.1, 1)}, ["0 <= start < end <= 1", "got (-0.1, 1)"]),
         ({"guidance_interval": (0, float("nan"))}, ["0 <= start < end <= 1", "got (0, nan)"]),
         ({"guidance_interval": (0, 0.5, 1)}, ["two numbers", "got (0, 0.5, 1)"]),
         ({"guidance_interval": ("0", "1")}, ["two numbers", "got ('0', '1')"]),
+        ({"guidance_interval": (True, 1)}, ["two numbers", "got (True, 1)"]),
         ({"guidance_interval": 0.5}, ["two numbers", "got 0.5"]),
         ({"guidance_refresh": 0}, ["an integer from 1 on", "got 0"]),
         ({"guidance_refresh": 2.0}, ["an integer from 1 on", "got 2.0"]),
         ({"output_type": "jpg"}, ["pil, np, pt or latent", "got 'jpg'"]),
         ({"output_type": None}, ["pil, np, pt or latent", "got None"]),
+        ({"return_dict": torch.zeros(2)}, ["True or False", "got tensor"]),
         ({"callback_on_step_end_tensor_inputs": ["latents", "noise"]}, ["['latents', 'mask']", "got ['noise']"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -143,6 +148,30 @@ def test_a_bad_default_of_the_checkpoint_is_refused_too():
     pipe = tiny_pipeline(generation_defaults={"num_inference_steps": 99})
     with pytest.raises(ValueError, match=r"`num_inference_steps`.*1\.\.16.*got 99"):
         pipe(1)
+
+
+@pytest.mark.parametrize(
+    "head_kwargs, message",
+    [
+        ({"top_k": 5}, r"`head_kwargs` of `generation_defaults` .* got \['top_k'\]"),
+        ({5: 5}, "`generation_defaults` .*`head_kwargs` has to be a dict of settings by name, got {5: 5}"),
+    ],
+)
+def test_defaults_that_the_head_does_not_have_are_refused_when_they_are_built(head_kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline(generation_defaults={"head_kwargs": head_kwargs})
+
+
+def test_defaults_that_nobody_saved_are_within_what_model_and_scheduler_have():
+    pipe = tiny_pipeline(generation_defaults=None, scheduler=TokenDDPMScheduler(num_train_timesteps=50))
+    settings = pipe.settings_for()
+    assert (settings.num_inference_steps, settings.num_diffusion_steps) == (16, 50)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "scheduler"])
+def test_a_pipeline_that_lacks_a_part_draws_nothing(part):
+    with pytest.raises(ValueError, match=f"`{part}`.* is None"):
+        MARPipeline(**{**tiny_pipeline().components, part: None})(class_labels=0)
 
 
 @pytest.mark.parametrize(

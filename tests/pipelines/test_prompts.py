@@ -584,6 +584,32 @@ def test_encode_prompt(each):
     assert torch.equal(latents(each, **given, generator=seeds(0, 1, 2, 3)), expected)
 
 
+def test_texts_are_encoded_apart_from_the_model(each):
+    parts = {"text_encoder": each.text_encoder, "tokenizer": each.tokenizer}
+    apart = MARPipeline(transformer=None, vae=None, scheduler=None, **parts)
+    for found, expected in zip(
+        apart.encode_prompt(["a red heart", ""], 2), each.encode_prompt(["a red heart", ""], 2)
+    ):
+        assert torch.equal(found, expected)
+    assert apart.encode_prompt("")[0].shape == (1, 1, each.transformer.config.text_dim)
+    with pytest.raises(ValueError, match="`prompt_embeds` needs `transformer`, which is None"):
+        apart.encode_prompt(prompt_embeds=torch.zeros(1, 2, 16))
+    with pytest.raises(ValueError, match="`prompt` needs `text_encoder` and `tokenizer`"):
+        MARPipeline(transformer=None, vae=None, scheduler=None).encode_prompt("a cat")
+
+
+@pytest.mark.parametrize("count", ["2", 0, True, 1.0])
+def test_rows_for_each_text_are_a_whole_number(each, count):
+    with pytest.raises(ValueError, match=f"`num_images_per_prompt` .* got {count!r}"):
+        each.encode_prompt("a cat", count)
+
+
+@pytest.mark.parametrize("states", [torch.tensor(0.0), torch.zeros(0, 1, 16), 5], ids=["scalar", "empty", "number"])
+def test_states_are_counted_only_where_there_are_texts(each, states):
+    with pytest.raises(ValueError, match="`prompt` .* or `prompt_embeds` .* got "):
+        each(prompt_embeds=states)
+
+
 def test_components_are_shared_and_exchanged():
     pipe = tiny_text_pipeline()
     again = MARPipeline(**pipe.components, id2label=NAMES, generation_defaults=pipe.config.generation_defaults)
@@ -593,3 +619,31 @@ def test_components_are_shared_and_exchanged():
     assert again.text_encoder is pipe.text_encoder and again.tokenizer is pipe.tokenizer
     again.text_encoder, again.tokenizer = tiny_text_encoder("bert"), tiny_text_tokenizer("bert")
     assert differ(latents(again, "cat", generator=seeds(0)), expected)
+
+
+# Texts that are encoded apart
+
+
+def test_texts_are_encoded_without_a_transformer(each):
+    apart = MARPipeline(None, None, None, text_encoder=each.text_encoder, tokenizer=each.tokenizer)
+    for settings in ({"prompt": ["a red heart", "cat"]}, {"prompt": "", "negative_prompt": "a"}, {"prompt": ""}):
+        found = apart.encode_prompt(**settings, max_sequence_length=LIMIT)
+        expected = each.encode_prompt(**settings)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    given = dict(zip(names, apart.encode_prompt("a red heart"), strict=True))
+    assert torch.equal(latents(each, **given, generator=seeds(0)), latents(each, "a red heart", generator=seeds(0)))
+
+
+def test_what_a_pipeline_without_parts_refuses():
+    empty = MARPipeline(None, None, None)
+    with pytest.raises(ValueError, match="`text_encoder`"):
+        empty.encode_prompt("cat")
+    with pytest.raises(ValueError, match="`text_encoder`"):
+        empty.encode_prompt("")
+    with pytest.raises(ValueError, match=r"no \['transformer', 'vae', 'scheduler'\]"):
+        empty(1)
+    with pytest.raises(ValueError, match="`num_images_per_prompt`"):
+        tiny_text_pipeline().encode_prompt("cat", num_images_per_prompt=2.0)
+    with pytest.raises(ValueError, match="Unicode"):
+        tiny_text_pipeline()(prompt="\ud800")

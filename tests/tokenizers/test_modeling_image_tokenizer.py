@@ -14,12 +14,17 @@ from diffusers import (
     ConsistencyDecoderVAE,
     VQModel,
 )
+from diffusers.hooks import apply_group_offloading
+from diffusers.hooks.group_offloading import ModuleGroup
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModel
 
 from common import assert_same_tensors, relative_error, seeded
 from mar_hf import ImageTokenizer, ImageTokenizerConfig
 from mar_hf.tokenizers import AUTOENCODERS
+from tiny_pipelines import tiny_pipeline
 
 
 TWO_LEVELS = {
@@ -78,8 +83,8 @@ def build(name):
         return BUILDERS[name]().eval()
 
 
-def pictures(batch=2, height=16, width=16):
-    return torch.randn(batch, 3, height, width, generator=seeded(1)).clamp(-1, 1)
+def pictures(batch=2, height=16, width=16, channels=3):
+    return torch.randn(batch, channels, height, width, generator=seeded(1)).clamp(-1, 1)
 
 
 def pixels(**settings):
@@ -221,6 +226,149 @@ def test_new_autoencoders_start_as_diffusers_starts_them():
     for convolution in convolutions:
         bound = 1 / math.sqrt(convolution.weight[0].numel())
         assert 0.8 * bound < convolution.weight.abs().max() <= bound
+
+
+# Pictures of other channels
+
+CHANNELS = [1, 2, 4, 5]
+WITH_CHANNELS = {
+    "AutoencoderKL": lambda n: AutoencoderKL(**TWO_LEVELS, latent_channels=2, in_channels=n, out_channels=n),
+    "VQModel": lambda n: VQModel(**TWO_LEVELS, num_vq_embeddings=16, in_channels=n, out_channels=n),
+    "pixels": None,
+}
+
+
+def with_channels(name, channels, **settings):
+    if name == "pixels":
+        return pixels(in_channels=channels, **settings)
+    return ImageTokenizer.from_autoencoder(WITH_CHANNELS[name](channels).eval(), **settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("name", WITH_CHANNELS)
+def test_pictures_have_as_many_channels_as_the_tokenizer(name, channels, tmp_path):
+    tokenizer, images = with_channels(name, channels, patch_size=2), pictures(channels=channels)
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, ImageTokenizer.from_pretrained(tmp_path)):
+        assert each.image_channels == each.config.in_channels == channels
+        encoded = each.encode(images)
+        assert each.decode(encoded.tokens).shape == each(images).shape == images.shape
+        assert name != "pixels" or relative_error(each.decode(encoded.tokens), images) < 1e-6
+    with pytest.raises(ValueError, match=rf"`pixel_values` has to be of shape \(batch, {channels}, height, width\)"):
+        tokenizer.encode(pictures())
+
+
+@pytest.mark.parametrize("channels, mode", [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
+@pytest.mark.parametrize("name", WITH_CHANNELS)
+def test_pipelines_draw_pictures_of_any_channels(name, channels, mode):
+    pipe = tiny_pipeline(with_channels(name, channels).eval())
+    image = pipe([0], generator=seeded()).images[0]
+    assert image.mode == mode and image.size == ((4, 4) if name == "pixels" else (8, 8))
+    assert pipe([0], generator=seeded(), output_type="np").images.shape == (1, *image.size, channels)
+
+
+def test_pictures_come_back_as_they_went():
+    with pytest.raises(ValueError, match="`in_channels` 1 and `out_channels` 3"):
+        ImageTokenizer.from_autoencoder(AutoencoderKL(**TWO_LEVELS, in_channels=1))
+    other_size = {"encoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1)}
+    with pytest.raises(ValueError, match=r"of the size that it takes.*'encoder_block_out_channels': 2.*: 4"):
+        ImageTokenizer.from_autoencoder(AutoencoderTiny(**other_size))
+    with pytest.raises(ValueError, match="of the size that it takes.*`upsampling_scaling_factor` 3"):
+        ImageTokenizer.from_autoencoder(AutoencoderTiny(upsampling_scaling_factor=3))
+
+
+# What an autoencoder says of itself
+
+
+@torch.no_grad()
+@given(
+    mean=st.lists(st.floats(-3, 3, width=32), min_size=2, max_size=2),
+    std=st.lists(st.floats(0.125, 8, width=32), min_size=2, max_size=2),
+    scale=st.floats(0.125, 8, width=32),
+)
+@settings(max_examples=20, deadline=None)
+def test_statistics_of_an_autoencoder_are_applied_as_diffusers_does(mean, std, scale):
+    statistics = {"latents_mean": mean, "latents_std": std, "scaling_factor": scale}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        autoencoder = AutoencoderKL(**TWO_LEVELS, latent_channels=2, shift_factor=9.0, **statistics).eval()
+    tokenizer, images = ImageTokenizer.from_autoencoder(autoencoder), pictures(1)
+    bare = bare_latents(autoencoder, images)
+    # As in StableDiffusionXLImg2ImgPipeline.prepare_latents and StableDiffusionXLPipeline.__call__.
+    mean, std = (torch.tensor(values).reshape(1, 2, 1, 1) for values in (mean, std))
+    latents = tokenizer.encode(images, sample_posterior=False).latents
+    assert relative_error(latents, (bare - mean) * scale / std) < 1e-5
+    expected = autoencoder.decode(latents * std / scale + mean).sample
+    assert relative_error(tokenizer.decode(latents), expected) < 1e-5
+
+
+def test_given_statistics_come_before_those_of_the_autoencoder():
+    statistics = {"latents_mean": [1.0, 2.0], "latents_std": [0.5, 4.0], "scaling_factor": 3.0}
+    autoencoder = AutoencoderKL(**TWO_LEVELS, latent_channels=2, **statistics)
+    own = ImageTokenizer.from_autoencoder(autoencoder).config
+    assert (own.shift_factor, own.scaling_factor) == ([1.0, 2.0], [6.0, 0.75])
+    given = ImageTokenizer.from_autoencoder(autoencoder, scaling_factor=1.0, shift_factor=0.0).config
+    assert (given.shift_factor, given.scaling_factor) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "statistics, message",
+    [
+        ({"latents_std": [1.0, 0.0]}, "`latents_std` of the autoencoder has to be different from 0"),
+        ({"latents_std": [1.0, math.nan]}, "`scaling_factor` has to be a finite number"),
+        ({"latents_mean": [0.0, math.inf]}, "`shift_factor` has to be a finite number"),
+        ({"latents_mean": [0.0]}, "`shift_factor` needs one value per latent channel"),
+        ({"scaling_factor": 0.0}, "`scaling_factor` has to be different from 0"),
+        ({"scaling_factor": math.nan}, "`scaling_factor` has to be a finite number"),
+    ],
+)
+def test_statistics_of_an_autoencoder_that_cannot_be(statistics, message):
+    with pytest.raises(ValueError, match=message):
+        ImageTokenizer.from_autoencoder(AutoencoderKL(**TWO_LEVELS, latent_channels=2, **statistics))
+
+
+def overflowing(force_upcast):
+    """Activations pass 65504, where float16 ends, and the weights do not; the norms bring them back."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        autoencoder = AutoencoderKL(**TWO_LEVELS, latent_channels=2, force_upcast=force_upcast).eval()
+        for convolution in (autoencoder.decoder.conv_in, autoencoder.encoder.conv_in):
+            convolution.weight.mul_(2e5)
+    return autoencoder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bring", ["to", "half", "load", "wrap", "meta"])
+def test_what_would_overflow_in_half_precision_is_upcast(bring, tmp_path):
+    full, images = ImageTokenizer.from_autoencoder(overflowing(True)), pictures()
+    latents = full.encode(images, sample_posterior=False).latents
+    if bring == "load":
+        full.save_pretrained(tmp_path)
+        half = ImageTokenizer.from_pretrained(tmp_path, dtype=torch.float16)
+    elif bring == "wrap":
+        half = ImageTokenizer.from_autoencoder(overflowing(True).half())
+    elif bring == "meta":
+        half = ImageTokenizer.from_autoencoder(overflowing(True)).to("meta").half()
+        assert {p.dtype for p in half.parameters()} == {torch.float32} and half.device.type == "meta"
+        return
+    else:
+        half = ImageTokenizer.from_autoencoder(overflowing(True))
+        half = half.half() if bring == "half" else half.to("cpu", torch.float16)
+    encoded = half.encode(images.half(), sample_posterior=False)
+    assert encoded.latents.dtype == encoded.tokens.dtype == torch.float16
+    assert relative_error(encoded.latents.float(), latents) < 0.01
+    decoded = half.decode(latents.half())
+    assert decoded.dtype == torch.float16 and relative_error(decoded.float(), full.decode(latents)) < 0.01
+
+
+@torch.no_grad()
+def test_half_precision_is_kept_where_it_does(tmp_path):
+    half = ImageTokenizer.from_autoencoder(overflowing(False)).half()
+    assert half.dtype == torch.float16 and not half.decode(torch.randn(1, 2, 4, 4)).isfinite().all()
+    other = ImageTokenizer.from_autoencoder(overflowing(True)).to(torch.bfloat16)
+    assert other.dtype == torch.bfloat16 and other.decode(torch.randn(1, 2, 4, 4)).isfinite().all()
+    assert pixels().half().dtype == torch.float16
 
 
 # Codebooks
@@ -504,6 +652,63 @@ def test_encode_and_decode_bring_weights_to_the_device():
     assert hook.calls == 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*BUILDERS, "pixels", "quantised"])
+def test_weights_are_used_where_hooks_see_it(name):
+    """Group offload by blocks and one component at a time, emulated: off the device, weights are on meta."""
+    tokenizer = pixels(patch_size=2) if name == "pixels" else None
+    tokenizer = tokenizer or (quantised() if name == "quantised" else ImageTokenizer.from_autoencoder(build(name)))
+    images = pictures()
+    expected = tokenizer.encode(images, sample_posterior=False).latents
+    decoded = tokenizer.decode(expected)
+    codebook = tokenizer.codebook if name == "quantised" else None
+    tensors = dict(tokenizer.state_dict())
+
+    class Offload(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            module.load_state_dict(tensors, assign=True)
+            return args, kwargs
+
+        def post_forward(self, module, output):
+            module.to("meta")
+            return output
+
+    add_hook_to_module(tokenizer, Offload())
+    tokenizer.to("meta")
+    assert torch.equal(tokenizer.encode(images, sample_posterior=False).latents, expected)
+    assert tokenizer.device.type == "meta"
+    assert torch.equal(tokenizer.decode(expected), decoded)
+    assert torch.equal(tokenizer(images), decoded)
+    assert codebook is None or torch.equal(tokenizer.codebook, codebook)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BUILDERS)
+def test_group_offload_by_blocks(name, monkeypatch):
+    tokenizer, images = ImageTokenizer.from_autoencoder(build(name)), pictures()
+    latents = tokenizer.encode(images, sample_posterior=False).latents
+    expected, away = tokenizer.decode(latents), []
+    # On a CPU, weights off the device: ones that make everything nan.
+    for side in ("onload_", "offload_"):
+        original = getattr(ModuleGroup, side)
+
+        def move(group, side=side, original=original):
+            original(group)
+            for module in group.modules:
+                for parameter in module.parameters():
+                    kept.setdefault(parameter, parameter.detach().clone())
+                    parameter.copy_(kept[parameter] if side == "onload_" else torch.full_like(parameter, torch.nan))
+            away.append(side)
+
+        monkeypatch.setattr(ModuleGroup, side, move)
+    kept = {parameter: parameter.detach().clone() for parameter in tokenizer.parameters()}
+    cpu = torch.device("cpu")
+    apply_group_offloading(tokenizer, cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
+    assert "offload_" in away and all(parameter.isnan().all() for parameter in tokenizer.parameters())
+    assert torch.equal(tokenizer.encode(images, sample_posterior=False).latents, latents)
+    assert torch.equal(tokenizer.decode(latents), expected)
+
+
 # Errors
 
 
@@ -561,3 +766,32 @@ def test_autoencoders_that_are_not_known(autoencoder):
     settings = {"_class_name": autoencoder.__name__, "latent_channels": 4}
     with pytest.raises(ValueError, match=message):
         pixels(autoencoder=settings)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "x", [[1.0]], torch.zeros(0, 3, 8, 8), torch.zeros(1, 3, 0, 8)], ids=str)
+@pytest.mark.parametrize(
+    "door, name",
+    [
+        ("encode", "pixel_values"),
+        ("encode_moments", "pixel_values"),
+        ("decode", "latents"),
+        ("patchify", "latents"),
+        ("unpatchify", "tokens"),
+    ],
+)
+def test_what_is_no_tensor_or_holds_nothing_is_refused(door, name, wrong):
+    tokenizer = ImageTokenizer(ImageTokenizerConfig(patch_size=2))
+    with pytest.raises(ValueError, match=f"`{name}` has to be of shape .* got "):
+        getattr(tokenizer, door)(wrong)
+
+
+def test_moments_and_rows_of_other_types_are_refused():
+    tokenizer, mean = ImageTokenizer(ImageTokenizerConfig()), torch.zeros(1, 3, 2, 2)
+    with pytest.raises(ValueError, match="`mean` and `std` .* got 'x' and None"):
+        tokenizer.sample_moments("x", None)
+    with pytest.raises(ValueError, match="`mean` and `std` .* and 0.5"):
+        tokenizer.sample_moments(mean, 0.5)
+    with pytest.raises(ValueError, match="`generator` has to be a torch.Generator .* got 5"):
+        tokenizer.sample_moments(mean, mean, 5)
+    with pytest.raises(ValueError, match="`grid_height`"):
+        tokenizer.unpatchify(torch.zeros(1, 4, 3), 2.0)

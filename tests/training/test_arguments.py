@@ -81,6 +81,7 @@ def test_defaults_are_allowed(kind):
         ("learning_rate", math.inf, "has to be a finite number, got inf"),
         ("learning_rate", -1e-3, "has to be at least 0, got -0.001"),
         ("learning_rate", True, "has to be a finite number, got True"),
+        ("seed", 10**400, r"has to be below 2\*\*32, got 1000"),
         ("lr_warmup_steps", -1, "has to be at least 0, got -1"),
         ("seed", -1, "has to be at least 0, got -1"),
         ("seed", 2**32, r"has to be below 2\*\*32, got 4294967296"),
@@ -107,9 +108,12 @@ def test_wrong_settings_of_every_training(kind, name, value, message):
         ("ema_decay", -0.1, r"has to lie in \[0, 1\), got -0.1"),
         ("lora_rank", 0, "has to be at least 1, got 0"),
         ("random_shift", -1, "has to be at least 0, got -1"),
+        ("generation_defaults", '{"temprature": 1}', "has to be one of .*, got 'temprature'"),
+        ("generation_defaults", '{"temperature": "x"}', "of the pipeline: `temperature` has to be a finite number"),
+        ("generation_defaults", '{"num_inference_steps": 0}', "of the pipeline: `num_inference_steps` has to"),
         ("random_flip", 1, "has to be true or false, got 1"),
         ("caption_templates", "{}", "has to be a list, each entry a text"),
-        ("model_config", {}, "has to be a text"),
+        ("model_config", ["{}"], "has to be a text"),
     ],
 )
 def test_wrong_settings_of_a_model(name, value, message):
@@ -117,6 +121,22 @@ def test_wrong_settings_of_a_model(name, value, message):
         TrainingArguments("out", **{name: value})
 
 
+def test_objects_may_be_dictionaries():
+    args = TrainingArguments("out", model_config={"hidden_size": 32}, generation_defaults={"temperature": 0.9})
+    assert (args.model_config, args.generation_defaults) == ('{"hidden_size": 32}', '{"temperature": 0.9}')
+
+
 def test_the_token_is_not_given_to_a_tracker():
     with pytest.raises(ValueError, match="`hub_token` would be logged by wandb"):
         TrainingArguments("out", push_to_hub=True, hub_token="secret", report_to="tensorboard,wandb")
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("channels", [0, 5, -1])
+def test_channels_that_no_picture_has(kind, channels):
+    with pytest.raises(ValueError, match=rf"with 1, 2, 3 or 4 channels, not with {channels} \(`image_channels`\)"):
+        kind("out", image_channels=channels)
+
+
+def test_a_default_may_be_taken_away():
+    assert TrainingArguments("out", generation_defaults='{"temperature": null}').generation_defaults

@@ -16,7 +16,7 @@ def test_settings_that_are_not_the_default_ones_are_told(tmp_path):
         hub_token="secret",
     )
     table = settings_table(args, [])
-    assert table.splitlines()[2:] == ["| pretrained_text_encoder | `org/text` |", "| seed | `3` |"]
+    assert table.splitlines()[2:] == ["| seed | `3` |", "| pretrained_text_encoder | `org/text` |"]
 
 
 def test_settings_that_were_changed_are_told_with_their_steps():

@@ -8,7 +8,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mar_hf.training.checkpoints import check_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from mar_hf.training.checkpoints import (
+    check_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    remove_left_overs,
+    save_checkpoint,
+)
 
 
 @pytest.fixture
@@ -107,3 +113,13 @@ def test_a_checkpoint_that_can_not_be_written_leaves_the_others(run):
     with pytest.raises(RuntimeError, match=message):
         save_checkpoint(accelerator, folder, 20, total_limit=1)
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-10", "checkpoint-2"]
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    kept = ["loss.csv", ".pipeline", ".hidden-x/file", "samples/step_000002.png", "checkpoint-2/model.safetensors"]
+    left = [".loss.csv-ab_1/loss.csv", ".pipeline-x/new/x", "samples/.step_000002.png-q/x", "checkpoint.partial/x"]
+    for name in [*kept, *left]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    remove_left_overs(tmp_path)
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == set(kept)

@@ -205,6 +205,102 @@ def test_classes_may_have_the_names_of_splits(tmp_path):
     assert dataset.features["label"].names == ["test tube", "train", "val 2", "zebra"] and len(dataset) == 12
 
 
+def load_quietly(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return image_data.load_image_dataset(str(folder))
+
+
+def names_of(dataset):
+    return sorted(Path(value["path"]).name for value in dataset["image"])
+
+
+@pytest.mark.parametrize("name", ["set[1]", "set*", "a?b", "{a,b}", "#1", "100%", "a b"])
+@pytest.mark.parametrize("layout", [as_flat_folder, as_parquet, as_saved_dataset, as_parquet_with_splits])
+def test_folders_may_have_any_name(tmp_path, name, layout):
+    folder = tmp_path / name
+    folder.mkdir()
+    dataset = image_data.load_image_dataset(str(layout(folder) or folder))
+    assert len(dataset) == 7 and dataset.features["label"].names == sorted(PICTURES)
+    assert len(dataset.with_transform(image_data.ImageTransform(8))[:]["pixel_values"]) == 7
+
+
+@pytest.mark.parametrize("stray", ["__MACOSX", ".ipynb_checkpoints", ".git", "notes"])
+def test_test_pictures_are_not_trained_on_whatever_lies_beside_them(tmp_path, stray):
+    write(tmp_path / "TRAIN")
+    write(tmp_path / "Test", ["grey"])
+    (tmp_path / stray).mkdir()
+    if stray != "notes":  # a folder with a picture of its own would be a class
+        PICTURES["grey"][0].save(tmp_path / stray / "._0.png")
+    (tmp_path / "Thumbs.db").write_bytes(b"x")
+    assert len(load_quietly(tmp_path)) == 7
+    PICTURES["grey"][0].save(tmp_path / "0.png")
+    with pytest.raises(ValueError, match=r"\['TRAIN', 'Test'\] look like splits, but \['files'\] beside them"):
+        image_data.load_image_dataset(str(tmp_path))
+
+
+def test_linked_class_folders_are_classes(tmp_path):
+    write(tmp_path / "elsewhere")
+    (tmp_path / "data").mkdir()
+    for name in PICTURES:
+        (tmp_path / "data" / name).symlink_to(tmp_path / "elsewhere" / name)
+    dataset = load_quietly(tmp_path / "data")
+    assert len(dataset) == 7 and dataset.features["label"].names == sorted(PICTURES)
+    (tmp_path / "data" / "lost").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="lost' can't be read: No such file or directory"):
+        image_data.load_image_dataset(str(tmp_path / "data"))
+
+
+def test_files_without_an_ending_are_what_they_hold(tmp_path):
+    (tmp_path / "one").write_bytes(png(PICTURES["grey"][0]))
+    (tmp_path / "README").write_text("not a picture")
+    PICTURES["grey"][1].save(tmp_path / "two.PNG")
+    assert names_of(load_quietly(tmp_path)) == ["one", "two.PNG"]
+
+
+def test_pictures_that_nothing_here_opens_are_named(tmp_path):
+    write(tmp_path, ["grey"])
+    (tmp_path / "grey" / "1.HEIC").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"'grey/1\.HEIC' is a picture of a kind that Pillow does not open"):
+        image_data.load_image_dataset(str(tmp_path))
+
+
+def test_pictures_beside_parquet_files_are_not_understood(tmp_path):
+    folder = as_parquet(tmp_path)
+    write(folder, ["grey"])
+    with pytest.raises(ValueError, match=r"holds both pictures \('grey/0\.png', say\) and parquet files"):
+        image_data.load_image_dataset(str(folder))
+
+
+def test_parquet_files_of_no_split_beside_others_are_not_understood(tmp_path):
+    folder = as_parquet_with_splits(tmp_path)
+    shutil.copy(folder / "data" / "test-00000-of-00001.parquet", folder / "more.parquet")
+    with pytest.raises(ValueError, match=r"'more\.parquet' is of no split, though other files are"):
+        image_data.load_image_dataset(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_metadata_may_be_of_other_kinds(tmp_path, kind):
+    write(tmp_path, ["grey"])
+    rows = {"file_name": ["grey/2.png", "grey/0.png"], "text": ["a, b", "c"], "label": ["x", "y"]}
+    table = Dataset.from_dict(rows)
+    getattr(table, f"to_{kind}")(str(tmp_path / f"metadata.{kind}"))
+    with pytest.warns(UserWarning, match="1 pictures of .* are in no row of its metadata"):
+        dataset = image_data.load_image_dataset(str(tmp_path))
+    assert dataset["text"][:] == [["a, b"], ["c"]] and dataset["label"][:] == [0, 1]
+    assert [Path(value["path"]).name for value in dataset["image"]] == ["2.png", "0.png"]
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "/etc/passwd", "grey/9.png", "metadata.jsonl", "null"])
+def test_metadata_name_pictures_of_their_folder(tmp_path, name):
+    write(tmp_path / "data", ["grey"])
+    PICTURES["grey"][0].save(tmp_path / "outside.png")
+    value = None if name == "null" else name
+    (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({"file_name": value, "text": "a"}))
+    with pytest.raises(ValueError, match=r"row 0 of 'metadata\.jsonl' names .*, which is no picture in this folder"):
+        image_data.load_image_dataset(str(tmp_path / "data"))
+
+
 def png(picture):
     file = io.BytesIO()
     picture.save(file, "png")
@@ -443,6 +539,30 @@ def palette_with_clear_colour():
 def test_colours_survive_the_conversion(picture, colour):
     cropped = np.asarray(image_data.center_crop(picture, 8))
     assert np.abs(cropped.astype(int) - np.array(colour)).max() <= 1
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(1, [1]), (2, [-1, -1]), (3, [1, 1, 1]), (4, [-1, -1, -1, -1])])
+def test_pictures_have_the_channels_of_the_tokenizer(channels, expected):
+    rows = {"image": [{"bytes": png(PICTURES["clear"][0]), "path": None}], "row": [0]}
+    pixel_values = image_data.ImageTransform(8, channels)(rows)["pixel_values"][0]
+    assert pixel_values.shape == (channels, 8, 8) and pixel_values[:, 0, 0].tolist() == expected
+    with pytest.raises(ValueError, match="with 1, 2, 3 or 4 channels, not with 5"):
+        image_data.ImageTransform(8, 5)
+
+
+def test_numbers_out_of_range_are_told_with_their_file(tmp_path):
+    Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)).save(tmp_path / "0.tif")
+    dataset = image_data.load_image_dataset(str(tmp_path)).with_transform(image_data.ImageTransform(8))
+    with pytest.raises(ValueError, match=r"The picture '.*0\.tif' \(row 0\) can't be read: mode 'F' .* got nan"):
+        dataset[0]
+
+
+def test_turned_deep_pictures_keep_their_range(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.full((8, 6), 32768, dtype=np.int32)).save(tmp_path / "0.tif", exif=exif)
+    dataset = image_data.load_image_dataset(str(tmp_path)).with_transform(image_data.ImageTransform(4))
+    assert dataset[0]["pixel_values"].abs().max() < 0.01
 
 
 def test_black_is_minus_one_and_white_is_one():

@@ -103,6 +103,7 @@ def encoded(pictures, tokenizer):
 
 def test_latents_are_those_of_the_tokenizer(pictures, tokenizer, whole):
     latents = load_latents(str(whole))
+    assert latents.least_label() == min(row["label"] for row in latents.__getitems__(range(len(latents))))
     assert len(latents) == 11 and latents.class_names == list(COUNTS)
     assert (latents.resolution, latents.latent_shape, latents.has_flipped) == (SIZE, (2, 8, 8), True)
     rows = latents.__getitems__(list(range(11)))

@@ -56,3 +56,23 @@ def test_folders_without_latents(tmp_path):
     for folder in (tmp_path, tmp_path / "cat", tmp_path / "missing"):
         with pytest.raises(ValueError, match="holds no cached latents"):
             load_latents(str(folder))
+
+
+def test_latents_of_a_test_are_not_trained_on(tmp_path):
+    original_cache(tmp_path / "Train")
+    original_cache(tmp_path / "test")
+    original_cache(tmp_path / "__MACOSX")
+    latents = load_latents(str(tmp_path))
+    assert len(latents) == 5 and latents.class_names == ["n01", "n02"] and latents.least_label() == 0
+    assert {file.parent.parent.name for file in latents.files} == {"Train"}
+    original_cache(tmp_path / "more")
+    with pytest.raises(ValueError, match=r"\['Train', 'test'\] look like splits, but \['more'\] beside them"):
+        load_latents(str(tmp_path))
+
+
+def test_linked_folders_of_latents_are_classes(tmp_path):
+    original_cache(tmp_path / "elsewhere")
+    (tmp_path / "data").mkdir()
+    for name in ("n01", "n02"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "elsewhere" / name)
+    assert load_latents(str(tmp_path / "data")).class_names == ["n01", "n02"]

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset, Features, Image, Value
 
 from example_runs import SIZES
 from mar_hf import ImageTokenizer, ImageTokenizerConfig
@@ -13,8 +14,12 @@ from mar_hf.training.model_setup import (
     build_generation_defaults,
     build_model,
     build_noise_scheduler,
+    check_model_config,
     count_classes,
+    least_label,
+    load_data,
     parameter_groups,
+    picture_channels,
     pixel_tokenizer,
 )
 from tiny_pipelines import tiny_pipeline
@@ -54,6 +59,41 @@ def test_pixels_get_zero_mean_and_unit_deviation():
         pixel_tokenizer(Pictures(), 2)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hiden_size": 3}, r"`model_config` has the unknown settings \['hiden_size'\]; known are \["),
+        ({"hidden_size": "x"}, "`model_config` has a value of a wrong type: .*hidden_size"),
+        ({"preset": "enormous"}, "`preset` has to be one of .* got 'enormous'"),
+        ({"model_type": "bert"}, "`model_type` has to be one of"),
+    ],
+)
+def test_what_no_model_can_be_is_refused_before_the_data(settings, message):
+    with pytest.raises(ValueError, match=message):
+        check_model_config(arguments(model_config=json.dumps({**SIZES, **settings})))
+
+
+def test_pictures_have_the_channels_of_the_tokenizer(tmp_path):
+    data = {"train_data_dir": str(tmp_path)}
+    assert picture_channels(arguments(**data)) == 3 and picture_channels(arguments(**data, image_channels=1)) == 1
+    ImageTokenizer(ImageTokenizerConfig(in_channels=4)).save_pretrained(tmp_path / "own")
+    source = {**data, "pretrained_tokenizer": str(tmp_path / "own")}
+    assert picture_channels(arguments(**source)) == picture_channels(arguments(**source, image_channels=4)) == 4
+    with pytest.raises(ValueError, match="`image_channels` 1 has to be that of the image tokenizer: 4"):
+        picture_channels(arguments(**source, image_channels=1))
+
+
+def test_the_first_class_that_is_trained_has_pictures(tmp_path):
+    picture = {"bytes": b"", "path": None}
+    rows = {"image": [picture] * 4, "label": [3, 2, 3, 3]}
+    Dataset.from_dict(rows, features=Features({"image": Image(), "label": Value("int64")})).to_parquet(
+        str(tmp_path / "pictures.parquet")
+    )
+    with pytest.warns(UserWarning, match="classes without pictures"):
+        dataset, names = load_data(arguments(train_data_dir=str(tmp_path)), str(tmp_path), captions=False)
+    assert names == ["0", "1", "2", "3"] and least_label(dataset) == 2
+
+
 def test_vectors_and_the_head_are_not_decayed():
     backbone = model()
     decayed, plain = parameter_groups(backbone, 0.02)
@@ -73,6 +113,8 @@ def test_guidance_is_a_default_only_where_it_was_trained_for(names, settings, gu
     backbone = model(names, **settings)
     defaults = build_generation_defaults(arguments(), backbone, names)
     assert defaults == {"num_inference_steps": 16, "num_diffusion_steps": 50, "guidance_scale": guidance}
+    steps = build_generation_defaults(arguments(generation_defaults='{"num_inference_steps": 2}'), backbone, names)
+    assert steps.get("guidance_scale", 3.0) == guidance  # 3 is what it is where nothing is said
     asked = arguments(generation_defaults='{"guidance_scale": 2.0}')
     if guidance == 1.0:
         with pytest.warns(UserWarning, match=r"`guidance_scale` 2.0 compares with a model without a class"):
@@ -92,6 +134,8 @@ def test_defaults_of_a_pipeline_are_replaced_one_by_one(tmp_path):
         "guidance_scale": 2.5,
         "num_inference_steps": 2,
     }
+    # What the pipeline was trained for, this training without classes does not keep up.
+    assert build_generation_defaults(args, pipe.transformer, None)["guidance_scale"] == 1.0
     assert build_noise_scheduler(args).config.max_timestep == pipe.scheduler.config.max_timestep
     assert build_noise_scheduler(arguments()).config.max_timestep == 950
     assert build_noise_scheduler(arguments(max_timestep=900)).config.max_timestep == 900

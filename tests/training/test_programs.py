@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainings as programs, without a clone of the repository."""
 
+import pathlib
+import sys
+from dataclasses import dataclass
+
 import pytest
 from test_trainer import SETTINGS, write_pictures
 
 from mar_hf import ImageTokenizer, MARPipeline
-from mar_hf.training.programs import main
+from mar_hf.training.programs import main, run_program
 
 
 def words(**settings):
@@ -27,6 +31,49 @@ def test_the_first_word_names_the_program(tmp_path, capsys):
     assert MARPipeline.from_pretrained(tmp_path / "out" / "pipeline").labels == {"cat": 0, "dog": 1}
 
 
-def test_an_unknown_program_is_named():
-    with pytest.raises(SystemExit, match="'toknizer' is none of model, tokenizer, text_encoder, latents"):
+@pytest.mark.parametrize("kind", [[], ["tokenizer"], ["text_encoder"]])
+def test_what_is_refused_is_told_in_a_line(tmp_path, kind, capsys):
+    data = write_pictures(tmp_path / "data", ["cat"], 2)
+    given = words(train_data_dir=data, output_dir=tmp_path / "out")
+    for more, message in (
+        (words(learning_rate="nan"), "`learning_rate` has to be a finite number, got nan."),
+        (words(train_data_dir=tmp_path / "nowhere"), f"`train_data_dir` '{tmp_path}/nowhere' "),
+        (words(learning_rat=1), "unknown options ['--learning_rat', '1'] did you mean --learning_rate? (see --help)"),
+        (words(seed="x"), "argument --seed: invalid int value: 'x' (see --help)"),
+        (["--config"], "argument --config: expected one argument (see --help)"),
+        (words(config="nowhere.json"), "`config` 'nowhere.json' can't be read: "),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([*kind, *given, *more])
+        said = capsys.readouterr().err.strip().split("\n")
+        name = "mar_hf.training" if pathlib.Path(sys.argv[0]).name == "__main__.py" else pathlib.Path(sys.argv[0]).name
+        assert stopped.value.code == 2 and len(said) == 1 and said[0].startswith(f"{name}: error: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_program_is_named(capsys):
+    with pytest.raises(SystemExit):
         main(["toknizer", "--output_dir", "x"])
+    assert "'toknizer' is none of model, tokenizer, text_encoder, latents" in capsys.readouterr().err
+
+
+def test_scripts_have_their_names_before_their_errors(tmp_path, monkeypatch, capsys):
+    @dataclass
+    class Settings:
+        number: int = 1
+
+    def refuse(settings):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "script.py"), "--number", "3"])
+    for error in (ValueError("a\n b"), OSError("no space"), ImportError("no module")):
+        with pytest.raises(SystemExit) as stopped:
+            run_program(refuse, Settings)
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err == f"script.py: error: {' '.join(str(error).split())}\n"
+    error = KeyError("a fault of ours")
+    with pytest.raises(KeyError):
+        run_program(refuse, Settings)
+    numbers = []
+    run_program(lambda settings: numbers.append(settings.number), Settings)
+    assert numbers == [3]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from common import seeded
-from mar_hf.training.reconstruction_losses import PatchDiscriminator, PerceptualLoss, discriminator_loss
+from mar_hf.training.reconstruction_losses import PatchDiscriminator, PerceptualLoss, as_colours, discriminator_loss
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +76,11 @@ def test_files_without_features(tmp_path):
     for name in ("wrong.pt", "missing.pt"):
         with pytest.raises(ValueError, match=f"{name}' is not a TorchScript file"):
             PerceptualLoss(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_networks_of_colours_see_pictures_of_any_channels(channels):
+    pictures = torch.randn(2, channels, 8, 8)
+    colours = as_colours(pictures)
+    assert colours.shape == (2, 3, 8, 8)
+    assert torch.equal(colours[:, 2], pictures[:, 0 if channels < 3 else 2])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_trainer import run, write_pictures
 
+from example_runs import SIZES
 from mar_hf import MARPipeline
 from mar_hf.training import TextEncoderTrainingArguments, TokenizerTrainingArguments, TrainingArguments
 from mar_hf.training.resuming import FREE, NOTED, REFUSED, RULES, check_data, remembered_settings
@@ -18,7 +19,7 @@ from mar_hf.training.resuming import FREE, NOTED, REFUSED, RULES, check_data, re
 KINDS = [TrainingArguments, TokenizerTrainingArguments, TextEncoderTrainingArguments]
 OTHER = {
     "seed": 1,
-    "model_config": '{"hidden_size": 32}',
+    "model_config": json.dumps({**SIZES, "hidden_size": 32}),
     "lora_rank": 2,
     "ignore_classes": True,
     "caption_templates": ["a {}"],

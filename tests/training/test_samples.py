@@ -2,9 +2,11 @@
 """Grids of samples, drawn with tiny pipelines."""
 
 import numpy as np
+import pytest
 import torch
+from PIL import Image
 
-from mar_hf.training.samples import sample_classes, sample_texts
+from mar_hf.training.samples import plain_grid, sample_classes, sample_texts
 from tiny_pipelines import tiny_pipeline, tiny_text_pipeline
 
 
@@ -19,6 +21,13 @@ def test_a_row_is_a_class_and_does_not_depend_on_the_batch():
     second = pipe(class_labels=[1], generator=torch.Generator().manual_seed(1000)).images[0]
     cell = np.asarray(grid)[64:128, :64]
     assert np.abs(cell.astype(int) - np.asarray(second.resize((64, 64)), dtype=int)).max() <= 1
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("L", 0), ("LA", (0, 0)), ("RGBA", (0, 0, 0, 0))])
+def test_grids_take_pictures_of_any_channels(mode, colour):
+    grid = plain_grid([Image.new(mode, (8, 8), colour)] * 2, 1, 2, 8)
+    shade = 0 if mode == "L" else 255  # what is clear is white
+    assert grid.mode == "RGB" and grid.size == (128, 64) and set(grid.getdata()) == {(shade,) * 3}
 
 
 def test_texts_stand_before_their_rows():

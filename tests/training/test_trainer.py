@@ -19,7 +19,15 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (the default tr
 from example_runs import SIZES, forget_accelerate
 from mar_hf import ARForImageGeneration, ImageTokenizer, MARConfig, MARPipeline
 from mar_hf.models import BACKBONES
-from mar_hf.training import LatentCacheArguments, Trainer, TrainingArguments, cache_latents, parse_arguments
+from mar_hf.training import (
+    LatentCacheArguments,
+    TokenizerTrainer,
+    TokenizerTrainingArguments,
+    Trainer,
+    TrainingArguments,
+    cache_latents,
+    parse_arguments,
+)
 from snippets import ROOT
 
 
@@ -428,3 +436,50 @@ def test_every_configuration_file_is_one(path):
     sizes = {"imagenet_mar_base": 768, "imagenet_mar_large": 1024, "imagenet_mar_huge": 1280}
     assert config.hidden_size == sizes.get(path.stem, config.hidden_size)
     assert args.learning_rate == settings["learning_rate"]
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_pictures_of_other_channels_are_trained_on_from_end_to_end(tmp_path, channels):
+    (tmp_path / "data").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(4):
+        picture = Image.fromarray(generator.integers(0, 256, (8, 8, 4), dtype=np.uint8))
+        picture.convert({1: "L", 4: "RGBA"}[channels]).save(tmp_path / "data" / f"{number}.png")
+    sizes = {"train_batch_size": 2, "resolution": 8, "max_train_steps": 1}
+    tokenizer = TokenizerTrainingArguments(
+        str(tmp_path / "tokenizer"),
+        str(tmp_path / "data"),
+        image_channels=channels,
+        block_out_channels=[8],
+        discriminator_start=0,
+        **sizes,
+    )
+    TokenizerTrainer(tokenizer).train()
+    forget_accelerate()
+    assert Image.open(tmp_path / "tokenizer" / "grid.png").mode == "RGB"
+    source = {"pretrained_tokenizer": str(tmp_path / "tokenizer")}
+    cache = LatentCacheArguments(str(tmp_path / "data"), output_dir=str(tmp_path / "cache"), resolution=8, **source)
+    cache_latents(cache)
+    for name, data, settings in (
+        ("pixels", "data", {"image_channels": channels}),
+        ("latents", "cache", {"model_config": json.dumps({**SIZES, "head_type": "diffusion"})}),
+    ):
+        folder = run(tmp_path / data, tmp_path / name, **{**sizes, **settings})
+        pipe = MARPipeline.from_pretrained(folder / "pipeline")
+        assert pipe.vae.image_channels == channels
+        assert len(pipe().images[0].getbands()) == channels
+        card = (folder / "pipeline" / "README.md").read_text(encoding="utf-8")
+        # Nothing was trained for a class, or to be guided to one.
+        assert "image = pipe().images[0]" in card and "class_labels" not in card
+
+
+def test_blocks_that_are_compiled_one_by_one_are_saved_under_their_own_names(trained, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "1")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    settings = {"max_train_steps": 2, "checkpointing_steps": 2, "validation_steps": 2}
+    folder = run(pictures, tmp_path / "run", **settings)
+    assert np.allclose(losses(folder), losses(trained)[:2], atol=1e-4)
+    assert weights(folder).keys() == weights(trained).keys()
+    run(pictures, folder, resume_from_checkpoint="latest", **{**settings, "max_train_steps": 3})
+    assert np.allclose(losses(folder), losses(trained)[:3], atol=1e-4)
+    assert MARPipeline.from_pretrained(folder / "pipeline").labels == {"cat": 0, "dog": 1, "owl": 2}

@@ -2,10 +2,13 @@
 """Folders of results that are gone on with: whose they are, what is whole in them, what was found before."""
 
 import json
+import zipfile
+import zlib
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
@@ -59,7 +62,7 @@ def claim_folder(folder: str | PathLike, settings: dict[str, Any], accelerator: 
 
 def _is_foreign(path: Path) -> bool:
     # What a run leaves that was killed while it wrote the note is none of the user's.
-    return not path.name.startswith(f".{SETTINGS_FILE}-")
+    return not path.name.startswith(f".{SETTINGS_FILE}")
 
 
 def read_json(path: str | PathLike) -> Any:
@@ -78,6 +81,26 @@ def read_json(path: str | PathLike) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+
+
+def read_arrays(path: str | PathLike) -> dict[str, np.ndarray]:
+    """What an `.npz` file holds.
+
+    Args:
+        path (`str` or `os.PathLike`): of the file.
+
+    Returns:
+        `dict[str, numpy.ndarray]`: by name.
+
+    Raises:
+        ValueError: if it is no such file, damaged, or holds anything but plain arrays.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    # A single array has no `files`; zip and zlib have errors of their own.
+    except (OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{str(path)!r} can't be read as an .npz file of arrays: {error}") from error
 
 
 def write_json(path: str | PathLike, content: Any) -> None:

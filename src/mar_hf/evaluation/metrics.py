@@ -16,6 +16,7 @@ import torch
 
 from ..utils import atomic_file, import_extra
 from .features import find_torch_fidelity
+from .folders import read_arrays
 
 
 # Else torchmetrics would wait for the other processes, which do not measure.
@@ -43,11 +44,20 @@ def read_statistics(path: str | PathLike) -> tuple[torch.Tensor, torch.Tensor] |
 
     Returns:
         two `torch.Tensor`, float64; or None where the file has none.
+
+    Raises:
+        ValueError: if the file can't be read, or they do not fit each other.
     """
-    with np.load(path, allow_pickle=False) as arrays:
-        if not {"mu", "sigma"} <= set(arrays.files):
-            return None
-        return torch.from_numpy(arrays["mu"]).double(), torch.from_numpy(arrays["sigma"]).double()
+    arrays = read_arrays(path)
+    if not {"mu", "sigma"} <= arrays.keys():
+        return None
+    mean, covariance = arrays["mu"], arrays["sigma"]
+    if mean.ndim != 1 or covariance.shape != 2 * mean.shape or not np.isfinite([mean.sum(), covariance.sum()]).all():
+        raise ValueError(
+            f"`mu` and `sigma` of {str(path)!r} have to be finite, of shapes (width,) and (width, width), "
+            f"not {mean.shape} and {covariance.shape}."
+        )
+    return torch.from_numpy(mean).double(), torch.from_numpy(covariance).double()
 
 
 def write_statistics(path: str | PathLike, mean: torch.Tensor, covariance: torch.Tensor) -> None:

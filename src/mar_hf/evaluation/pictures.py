@@ -11,6 +11,7 @@ from PIL import Image
 
 from ..training import ImageTransform, center_crop, load_image_dataset
 from ..utils import atomic_file, draw_grid, import_extra
+from .folders import read_arrays
 
 
 class Pictures:
@@ -21,17 +22,22 @@ class Pictures:
         size (`int`, *optional*): side in pixels; None takes that of the first picture.
 
     Raises:
-        ValueError: if there are no pictures.
+        ValueError: if there are no pictures, or the file can't be read.
     """
 
     def __init__(self, path: str | os.PathLike, size: int | None = None):
         path = os.fspath(path)
         self.labels: list[str] | None = None
         if path.endswith(".npz"):
-            with np.load(path, allow_pickle=False) as arrays:
-                if "arr_0" not in arrays.files:
-                    raise ValueError(f"{path!r} holds no pictures (`arr_0`), only {arrays.files}.")
-                self.rows = arrays["arr_0"]
+            arrays = read_arrays(path)
+            if "arr_0" not in arrays:
+                raise ValueError(f"{path!r} holds no pictures (`arr_0`), only {sorted(arrays)}.")
+            self.rows = arrays["arr_0"]
+            if self.rows.dtype != np.uint8 or self.rows.ndim != 4 or self.rows.shape[3] != 3 or not self.rows.size:
+                found = f"{self.rows.dtype} of shape {self.rows.shape}"
+                raise ValueError(
+                    f"`arr_0` of {path!r} has to be uint8 of shape (pictures, height, width, 3), not {found}."
+                )
             self.size = size or min(self.rows.shape[1:3])
         else:
             self.rows = load_image_dataset(path, caption_column=None)

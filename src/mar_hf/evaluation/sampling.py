@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..generation import plan_steps
 from ..models import load_text_encoder
 from ..pipelines import MARPipeline
 from ..training import make_accelerator
@@ -156,8 +157,9 @@ def check_sampling(pipeline: MARPipeline, sampling: dict[str, Any], class_labels
     """
     if unknown := sorted(sampling.keys() - pipeline.generation_defaults.keys()):
         raise ValueError(f"unknown settings {unknown}")
-    settings = pipeline.generation_defaults | sampling
-    pipeline.check_inputs(settings, class_labels, 1, None, None, "pil", [])
+    settings, config = pipeline.settings_for(**sampling), pipeline.transformer.config
+    pipeline.check_inputs(settings, class_labels)
+    plan_steps(settings, config.num_tokens, max_tokens_per_step=getattr(config, "max_tokens_per_step", None))
 
 
 def subjects_of(pipeline: MARPipeline, subjects: Sequence[int | str]) -> dict[str, Any]:

@@ -87,10 +87,11 @@ class GenerationSettings:
                 continue  # it takes the batch to tell: `check_orders`
             if not isinstance(value, str) or value not in table:
                 look_up(table, value, name)
-        if not isinstance(self.head_kwargs, dict | None):
-            raise ValueError(f"`head_kwargs` has to be a dict, got {self.head_kwargs!r}.")
+        if not isinstance(self.head_kwargs, dict | None) or set(map(type, self.head_kwargs or ())) - {str}:
+            raise ValueError(f"`head_kwargs` has to be a dict of settings by name, got {self.head_kwargs!r}.")
         interval = self.guidance_interval
         numbers = isinstance(interval, (list, tuple)) and all(isinstance(end, Real) for end in interval)
+        numbers = numbers and bool not in map(type, interval)
         if not numbers or len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
             raise ValueError(
                 f"`guidance_interval` has to be two numbers, 0 <= start < end <= 1, got {interval!r}; "

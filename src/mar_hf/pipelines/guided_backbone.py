@@ -46,8 +46,8 @@ class GuidedBackbone:
             guided (`bool`): whether the unconditional branch is wanted.
 
         Returns:
-            two `torch.Tensor` of shape `(batch, count, hidden_size)`, the step's count: with class or text, and without
-            it; None in place of the latter where there is no guidance.
+            two `torch.Tensor` of shape `(batch, count, hidden_size)`, of the step's tokens: with class or text, and
+            without it; None in place of the latter where there is no guidance.
         """
         steps = self.plan.steps
         count = steps[step].count

@@ -4,7 +4,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from threading import get_ident
 from typing import Any
@@ -16,7 +16,15 @@ from diffusers.utils import logging, replace_example_docstring
 from huggingface_hub import create_repo, file_exists
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..generation import GenerationPlan, GenerationSettings, build_settings, check_orders, plan_generation, plan_steps
+from ..generation import (
+    GENERATION_DEFAULTS,
+    GenerationPlan,
+    GenerationSettings,
+    build_settings,
+    check_orders,
+    plan_generation,
+    plan_steps,
+)
 from ..hub import build_model_card
 from ..loading import StrictPipelineMixin, check_components
 from ..models import ARForImageGeneration, MARForImageGeneration, add_context_noise, check_text_encoder
@@ -81,7 +89,7 @@ def check_names(id2label: Any) -> dict[int, str]:
         is_number = isinstance(key, Integral) and not isinstance(key, bool)
         if not is_number and not (isinstance(key, str) and key.lstrip("-").isdecimal()):
             raise ValueError(f"`id2label` has to have whole numbers as keys, got {key!r}.")
-        if not isinstance(name, str) or not name.strip():
+        if not isinstance(name, str):
             raise ValueError(f"`id2label` has to name class {key} by a text, got {name!r}.")
         if int(key) in names:
             raise ValueError(f"`id2label` names class {key} twice: {names[int(key)]!r} and {name!r}.")
@@ -145,14 +153,28 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
                 raise ValueError(f"`id2label` has to number classes 0..{limit - 1} of `transformer`, got {beyond}.")
         if transformer is not None and text_encoder is not None:
             check_text_encoder(text_encoder, transformer.config.text_dim)
+        if transformer is not None:
+            own = {"id2label": id2label, "generation_defaults": generation_defaults}
+            before = vars(transformer).get("_of_pipeline", own)
+            if lost := [name for name, value in own.items() if value is None and before[name]]:
+                logger.warning(
+                    f"`transformer` had {lost} in another pipeline, which this one does not get: components alone do "
+                    "not hold them. `MARPipeline.from_pipe(pipe)` keeps them."
+                )
+            vars(transformer)["_of_pipeline"] = own
         self.image_processor = VaeImageProcessor(do_resize=False)
-        self._settings: tuple[tuple[Any, Any], GenerationSettings] | None = None
+        self._settings: tuple[tuple, GenerationSettings] | None = None
         # The calls that run, by thread: a callback may call the pipeline again. Then the last one that has ended, and
         # what was in training mode before the first.
         self._calls: dict[int, list[PipelineCall]] = {}
         self._last_call = PipelineCall()
         self._in_training: list[torch.nn.Module] = []
-        self.generation_settings  # noqa: B018 (wrong defaults are found now)
+        settings = self.generation_settings  # wrong defaults are found now
+        if transformer is not None and scheduler is not None and settings.head_kwargs:
+            try:
+                transformer.head.check_scheduler(scheduler, settings.temperature, **settings.head_kwargs)
+            except ValueError as error:
+                raise ValueError(f"`head_kwargs` of `generation_defaults` do not fit: {error}") from error
 
     @property
     def labels(self) -> dict[str, int]:
@@ -175,18 +197,21 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         Without either these are the paper's with at most one step per token. Where the head can't use the saved
         temperature with the scheduler that is set, as with most of diffusers', it is 1.0.
         """
-        transformer, saved = self.transformer, self.config.generation_defaults
-        source = (transformer, copy.copy(saved))
+        transformer, scheduler, saved = self.transformer, self.scheduler, self.config.generation_defaults
+        train_steps = None if scheduler is None else scheduler.config.get("num_train_timesteps")
+        source = (transformer, train_steps, copy.copy(saved))
         if self._settings is None or self._settings[0] != source:
             follows = {}
+            if train_steps is not None:
+                follows["num_diffusion_steps"] = min(GenerationSettings.num_diffusion_steps, train_steps)
             if transformer is not None:
                 steps = min(GenerationSettings.num_inference_steps, transformer.config.num_tokens)
-                follows = {"num_inference_steps": steps, **transformer.sampling_defaults}
+                follows |= {"num_inference_steps": steps, **transformer.sampling_defaults}
             self._settings = (source, build_settings(follows, saved))
         settings = self._settings[1]
-        if transformer is not None and self.scheduler is not None:
+        if transformer is not None and scheduler is not None:
             try:
-                transformer.head.check_scheduler(self.scheduler, settings.temperature)
+                transformer.head.check_scheduler(scheduler, settings.temperature)
             except ValueError:
                 settings = settings.override(temperature=1.0)
         return settings
@@ -238,6 +263,35 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
     def _interrupt(self, value: bool) -> None:
         self._call.interrupt = value
 
+    def settings_for(self, **given: Any) -> GenerationSettings:
+        """The settings of a call.
+
+        Args:
+            given (`Any`): arguments of the call that have a default in the checkpoint; None means that default.
+
+        Returns:
+            [`GenerationSettings`]: checked, also against the number of tokens and the scheduler.
+
+        Raises:
+            ValueError: if one does not exist or is out of its range, where it says so of a default, or the pipeline
+                lacks a component.
+        """
+        if missing := [name for name in ("transformer", "vae", "scheduler") if getattr(self, name) is None]:
+            raise ValueError(f"This pipeline has no {missing}, without which it makes no pictures.")
+        config, defaults = self.transformer.config, self.generation_settings
+        most = self.scheduler.config.num_train_timesteps
+        limits = {"num_inference_steps": config.grid_height * config.grid_width, "num_diffusion_steps": most}
+        given = {name: value for name, value in given.items() if value is not None}
+        if not given.keys() <= GENERATION_DEFAULTS.keys():
+            raise ValueError(f"Settings have to be in {sorted(GENERATION_DEFAULTS)}, got {sorted(given)}.")
+        for name, most in limits.items():
+            if name not in given and getattr(defaults, name) > most:
+                raise ValueError(
+                    f"`generation_defaults` of the pipeline: `{name}` has to lie in 1..{most}, got "
+                    f"{getattr(defaults, name)}; give another one in the call."
+                )
+        return replace(defaults, limits=limits, **given)
+
     def check_inputs(
         self,
         settings: GenerationSettings,
@@ -249,6 +303,7 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         output_type: str = "pil",
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = (),
+        return_dict: bool = True,
     ) -> list[int | None]:
         """Check everything that a caller can get wrong and that the settings alone do not show, before any work.
 
@@ -262,6 +317,7 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
             output_type (`str`, *optional*, defaults to `"pil"`): pil, np, pt or latent.
             callback_on_step_end (`Callable`, *optional*): as `__call__` takes it.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, *optional*, defaults to `()`): names for the callback.
+            return_dict (`bool`, *optional*, defaults to `True`): as `__call__` takes it.
 
         Returns:
             `list[int | None]`: the class number of each picture, None where there is no class.
@@ -289,14 +345,32 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         if noise is not None and (not isinstance(noise, torch.Tensor) or noise.shape != shape):
             got = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
             raise ValueError(f"`noise` has to be a tensor of shape {shape}, got {got}.")
+        if noise is not None and not (noise.is_floating_point() and noise.isfinite().all()):
+            raise ValueError(f"`noise` has to hold finite floating-point numbers, got {noise.dtype}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` has to be pil, np, pt or latent, got {output_type!r}.")
+        if not isinstance(return_dict, bool):
+            raise ValueError(f"`return_dict` has to be True or False, got {return_dict!r}.")
+        if output_type == "pil" and self.vae.image_channels > 4:
+            raise ValueError(
+                f"`output_type` has to be np, pt or latent: PIL knows no {self.vae.image_channels} channels."
+            )
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(f"`callback_on_step_end` has to be a function, got {callback_on_step_end!r}.")
         known, names = self._callback_tensor_inputs, callback_on_step_end_tensor_inputs
         if not isinstance(names, (list, tuple)) or not all(name in known for name in names):
             wrong = [name for name in names if name not in known] if isinstance(names, (list, tuple)) else names
             raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be in {known}, got {wrong!r}.")
+        if class_labels is not None and config.num_classes == 1 and not self.config.id2label:
+            logger.warning(
+                "`class_labels` of a model that names none of its classes: it may have been trained without."
+            )
+        knows_nothing = config.class_dropout_prob == 0 and (config.text_dim is None or config.text_dropout_prob == 0)
+        if knows_nothing and settings.guidance_scale != 1 and (class_labels is not None or num_prompts):
+            logger.warning(
+                f"`guidance_scale` {settings.guidance_scale} leads away from pictures of no class, but this model was "
+                "trained without any (`class_dropout_prob` 0): 1.0 is what it can do."
+            )
         return labels
 
     def _class_numbers(
@@ -432,10 +506,7 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
             ValueError: if an argument is out of range or of the wrong shape.
         """
         # 1. What is asked for
-        config, train_steps = self.transformer.config, self.scheduler.config.num_train_timesteps
-        num_tokens = config.grid_height * config.grid_width
-        settings = self.generation_settings.override(
-            limits={"num_inference_steps": num_tokens, "num_diffusion_steps": train_steps},
+        settings = self.settings_for(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             num_diffusion_steps=num_diffusion_steps,
@@ -461,9 +532,10 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         num_prompts = self._count_prompts(**texts) if has_texts else None
         callback, names = callback_on_step_end, callback_on_step_end_tensor_inputs
         asked = (class_labels, num_prompts, num_images_per_prompt, generator, noise, output_type)
-        labels = self.check_inputs(settings, *asked, callback, names)
-        device, batch_size = self._execution_device, len(labels)
+        labels = self.check_inputs(settings, *asked, callback, names, return_dict)
+        config, device, batch_size = self.transformer.config, self._execution_device, len(labels)
         is_conditional = labels[0] is not None or num_prompts is not None
+        num_tokens = config.grid_height * config.grid_width
         steps = plan_steps(settings, num_tokens, is_conditional, getattr(config, "max_tokens_per_step", None))
 
         call = PipelineCall(settings.guidance_scale, is_conditional, len(steps))

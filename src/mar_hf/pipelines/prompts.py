@@ -46,7 +46,7 @@ class PromptMixin:
                 `negative_prompt`.
             negative_prompt_attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*): likewise.
             max_sequence_length (`int`, *optional*): tokens after which a prompt is cut; None means the model's
-                `num_text_tokens`, or the tokenizer's limit where that is lower.
+                `num_text_tokens`, or the tokenizer's limit where that is lower or there is no model.
 
         Returns:
             four `torch.Tensor`: states of shape `(texts * num_images_per_prompt, length, text_dim)` and bool mask of
@@ -56,12 +56,15 @@ class PromptMixin:
             ValueError: if the model takes no texts, there is no text encoder for them, a type or a shape is wrong, or
                 both a text and its states are given.
         """
-        config, device = self.transformer.config, self._execution_device
-        if config.text_dim is None:
+        (width, longest), device = self._text_form(), self._execution_device
+        if width is None:
             raise ValueError("`prompt` needs a model that takes texts; this one knows classes only.")
-        limit = config.num_text_tokens if max_sequence_length is None else max_sequence_length
-        if not isinstance(limit, Integral) or not 1 <= limit <= config.num_text_tokens:
-            raise ValueError(f"`max_sequence_length` has to lie in 1..{config.num_text_tokens}, got {limit!r}.")
+        limit = longest if max_sequence_length is None else max_sequence_length
+        if isinstance(limit, bool) or not isinstance(limit, Integral) or not 1 <= limit <= longest:
+            raise ValueError(f"`max_sequence_length` has to lie in 1..{longest}, got {limit!r}.")
+        count = num_images_per_prompt
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+            raise ValueError(f"`num_images_per_prompt` has to be an integer of at least 1, got {count!r}.")
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("One of `prompt` and `prompt_embeds` has to be given, and not both.")
         embeds, mask = self._encode_texts("prompt", prompt, prompt_embeds, prompt_attention_mask, limit)
@@ -78,8 +81,16 @@ class PromptMixin:
             if len(negative[0]) != len(embeds):
                 raise ValueError(f"`negative_prompt` has to be one for all or {len(embeds)}, got {len(negative[0])}.")
             rows.append(negative)
-        rows = [tuple(t.to(device).repeat_interleave(num_images_per_prompt, 0) for t in pair) for pair in rows]
+        rows = [tuple(t.to(device).repeat_interleave(count, 0) for t in pair) for pair in rows]
         return (*rows[0], *(rows[1] if do_classifier_free_guidance else (None, None)))
+
+    def _text_form(self) -> tuple[int | None, int]:
+        """Width of a text's states and its most tokens: of the model, or of the encoder where there is no model."""
+        if self.transformer is not None:
+            return self.transformer.config.text_dim, self.transformer.config.num_text_tokens
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError("`prompt` needs `text_encoder` and `tokenizer`, one of which is None here.")
+        return self.text_encoder.config.hidden_size, self.tokenizer.model_max_length
 
     def _encode_texts(
         self,
@@ -94,6 +105,8 @@ class PromptMixin:
             for part, tensor in (("embeds", embeds), ("attention_mask", mask)):
                 if not isinstance(tensor, torch.Tensor | None):
                     raise ValueError(f"`{name}_{part}` has to be a tensor, got {type(tensor).__name__}.")
+            if self.transformer is None:
+                raise ValueError(f"`{name}_embeds` needs `transformer`, which is None here.")
             return embeds, self.transformer.check_text(embeds, mask, len(embeds), name)
         if mask is not None:
             raise ValueError(f"`{name}_attention_mask` goes with `{name}_embeds`, not with `{name}`.")
@@ -104,7 +117,7 @@ class PromptMixin:
             if not text.isprintable() and any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
                 raise ValueError(f"`{name}` has to be text that Unicode can write, got {text!r}.")
         if not any(text.strip() for text in texts):
-            width = self.transformer.config.text_dim
+            width, _ = self._text_form()
             return torch.zeros(len(texts), 1, width), torch.zeros(len(texts), 1, dtype=torch.bool)
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
@@ -140,8 +153,9 @@ class PromptMixin:
                 raise ValueError("`negative_prompt` needs a `prompt`.")
             return None
         given = prompt_embeds if prompt is None else [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(given, (list, tuple, torch.Tensor)) or len(given) == 0:
-            raise ValueError(f"`prompt` has to be a text or a list of texts, got {given!r}.")
+        countable = isinstance(given, torch.Tensor) and prompt is None and given.ndim > 0
+        if not countable and not isinstance(given, (list, tuple)) or len(given) == 0:
+            raise ValueError(f"`prompt` has to be a text or a list of texts, or `prompt_embeds` those, got {given!r}.")
         return len(given)
 
     def _read_texts(

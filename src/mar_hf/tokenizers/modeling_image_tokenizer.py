@@ -77,6 +77,15 @@ def _downsampling(settings: dict[str, Any]) -> int:
     return 2 ** (next(iter(levels.values())) - 1)
 
 
+def _is_grid(value: Any, channels: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[1] == channels and value.numel() > 0
+
+
+def _form(value: Any) -> str:
+    """What a message says of a value that is not the tensor that it should be."""
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else repr(value)
+
+
 @dataclass
 class ImageTokenizerOutput(ModelOutput):
     """What [`ImageTokenizer.encode`] and [`ImageTokenizer.sample_moments`] return.
@@ -260,10 +269,10 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         Raises:
             ValueError: if the shape is not as described.
         """
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.image_channels:
+        if not _is_grid(pixel_values, self.image_channels):
             raise ValueError(
                 f"`pixel_values` has to be of shape (batch, {self.image_channels}, height, width), "
-                f"got {tuple(pixel_values.shape)}."
+                f"got {_form(pixel_values)}."
             )
         if pixel_values.shape[2] % self.stride or pixel_values.shape[3] % self.stride:
             size = tuple(pixel_values.shape[2:])
@@ -291,11 +300,15 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         Raises:
             ValueError: if the shape is not as described.
         """
-        if mean.ndim != 4 or mean.shape[1] != self.latent_channels or (std is not None and std.shape != mean.shape):
+        fits = _is_grid(mean, self.latent_channels)
+        if not fits or (std is not None and (not isinstance(std, torch.Tensor) or std.shape != mean.shape)):
             raise ValueError(
                 f"`mean` and `std` have to be of shape (batch, {self.latent_channels}, height, width), "
-                f"got {tuple(mean.shape)} and {None if std is None else tuple(std.shape)}."
+                f"got {_form(mean)} and {_form(std)}."
             )
+        sources = generator if isinstance(generator, list) else [generator]
+        if not all(isinstance(source, torch.Generator | None) for source in sources):
+            raise ValueError(f"`generator` has to be a torch.Generator or a list of them, got {generator!r}.")
         latents = mean
         if std is not None and self.is_variational:
             noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
@@ -323,16 +336,16 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         Raises:
             ValueError: if the shape is neither.
         """
-        dtype = latents.dtype
-        if latents.ndim == 3:
+        is_tensor = isinstance(latents, torch.Tensor)
+        if is_tensor and latents.ndim == 3:
             latents = self.unpatchify(latents, grid_height)
-        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
+        if not is_tensor or latents.ndim != 4 or latents.shape[1] != self.latent_channels or not latents.numel():
             raise ValueError(
                 f"`latents` has to be of shape (batch, {self.latent_channels}, height, width) or (batch, num_tokens, "
-                f"{self.token_dim}), got {tuple(latents.shape)}."
+                f"{self.token_dim}), got {_form(latents)}."
             )
         shift, scale = self._statistics(latents.device)
-        return self(latents.float() / scale + shift, "decode").to(dtype)
+        return self(latents.float() / scale + shift, "decode").to(latents.dtype)
 
     def forward(self, pixel_values: torch.Tensor | None, method: str = "reconstruct") -> Any:
         """Reconstruct pictures through the posterior's mode.
@@ -380,10 +393,10 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
             ValueError: if the shape is not as described.
         """
         patch = self.config.patch_size
-        if latents.ndim != 4 or latents.shape[1] != self.latent_channels or any(n % patch for n in latents.shape[2:]):
+        if not _is_grid(latents, self.latent_channels) or any(n % patch for n in latents.shape[2:]):
             raise ValueError(
                 f"`latents` has to be of shape (batch, {self.latent_channels}, height, width) with sides that are "
-                f"multiples of {patch}, got {tuple(latents.shape)}."
+                f"multiples of {patch}, got {_form(latents)}."
             )
         batch, channels, height, width = latents.shape
         grid = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
@@ -403,13 +416,19 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         Raises:
             ValueError: if the tokens are of another width or do not fill such a grid.
         """
-        if tokens.ndim != 3 or tokens.shape[-1] != self.token_dim:
+        is_tensor = isinstance(tokens, torch.Tensor)
+        if not is_tensor or tokens.ndim != 3 or tokens.shape[2] != self.token_dim or not tokens.numel():
             raise ValueError(
-                f"`tokens` has to be of shape (batch, num_tokens, {self.token_dim}), got {tuple(tokens.shape)}."
+                f"`tokens` has to be of shape (batch, num_tokens, {self.token_dim}), got {_form(tokens)}."
             )
         batch, num_tokens, _ = tokens.shape
         rows = round(num_tokens**0.5) if grid_height is None else grid_height
-        if rows < 1 or num_tokens % rows or (grid_height is None and rows * rows != num_tokens):
+        if (
+            not isinstance(rows, int)
+            or rows < 1
+            or num_tokens % rows
+            or (grid_height is None and rows * rows != num_tokens)
+        ):
             raise ValueError(f"{num_tokens} tokens do not fill a grid of {rows} rows; give `grid_height`.")
         patch = self.config.patch_size
         grid = tokens.reshape(batch, rows, num_tokens // rows, self.latent_channels, patch, patch)

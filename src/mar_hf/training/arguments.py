@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings: what is trained, on what and how; from a notebook, from the command line, and from files."""
 
-import argparse
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -12,12 +12,14 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from diffusers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
 from transformers import HfArgumentParser
 
+from ..generation import build_settings
 from ..utils import import_extra, look_up
+from .picture_modes import check_channels
 from .text_data import check_templates
 
 
@@ -127,16 +129,18 @@ def check_types(settings: Any) -> None:
 def _is_a(value: Any, kind: type) -> bool:
     if kind in (int, float):
         wide = int if kind is int else (int, float)
-        return isinstance(value, wide) and not isinstance(value, bool) and math.isfinite(value)
+        fits = isinstance(value, wide) and not isinstance(value, bool)
+        return fits and (isinstance(value, int) or math.isfinite(value))
     return isinstance(value, kind)
 
 
 @dataclass
 class TrainingArguments(BaseTrainingArguments):
-    """Settings of the training of a model. JSON objects are written as such in a file of settings.
+    """Settings of the training of a model.
 
-    Every field is described by `python -m mar_hf.training --help`; the defaults train a small model of pixels in
-    class folders.
+    Every field is described by `python -m mar_hf.training --help`. The defaults are the recipe of a model of size
+    `base` on pixels of 32 x 32; `model_config` makes it smaller. JSON objects may be given as dictionaries, and are
+    written as objects in a file of settings.
     """
 
     output_dir: str = field(metadata={"help": "where checkpoints, the pipeline, samples and the loss curve go"})
@@ -154,6 +158,10 @@ class TrainingArguments(BaseTrainingArguments):
         default=None, metadata={"help": "image tokenizer, folder or hub id; default: that of the pipeline, or pixels"}
     )
     patch_size: int = field(default=4, metadata={"help": "pixels along a token's side, without a tokenizer"})
+    image_channels: int | None = field(
+        default=None,
+        metadata={"help": "of the pictures: 1 grey, 3 colours, 4 with transparency; default: the tokenizer's, or 3"},
+    )
 
     pretrained_text_encoder: str | None = field(
         default=None,
@@ -220,8 +228,13 @@ class TrainingArguments(BaseTrainingArguments):
     below_one: ClassVar[tuple[str, ...]] = ("adam_beta1", "adam_beta2", "ema_decay")
 
     def __post_init__(self) -> None:
+        for name in ("model_config", "generation_defaults"):
+            if isinstance(getattr(self, name), dict):
+                setattr(self, name, json.dumps(getattr(self, name)))
         super().__post_init__()
         look_up(LR_SCHEDULERS, self.lr_scheduler, "lr_scheduler")
+        if self.image_channels is not None:
+            check_channels(self.image_channels)
         for name in ("model_config", "generation_defaults"):
             if getattr(self, name) is None:
                 continue
@@ -231,6 +244,8 @@ class TrainingArguments(BaseTrainingArguments):
                 raise ValueError(f"`{name}` has to be a JSON object: {error}") from error
             if not isinstance(settings, dict):
                 raise ValueError(f"`{name}` has to be a JSON object, got {settings!r}.")
+        defaults = json.loads(self.generation_defaults or "{}")
+        build_settings({name: value for name, value in defaults.items() if value is not None})
         check_templates(self.caption_templates)
         if self.pretrained_model_name_or_path and json.loads(self.model_config).keys() & {"preset", "model_type"}:
             raise ValueError("`model_config` can't change `preset` or `model_type` of a pretrained model.")
@@ -257,6 +272,9 @@ class TokenizerTrainingArguments(BaseTrainingArguments):
     random_flip: bool = field(default=False, metadata={"help": "mirror half of the pictures"})
     random_shift: int = field(default=0, metadata={"help": "shift pictures by up to so many pixels"})
 
+    image_channels: int = field(
+        default=3, metadata={"help": "of the pictures: 1 grey, 3 colours, 4 with transparency"}
+    )
     autoencoder: str = field(default="kl", metadata={"help": "kl, dc or vq"})
     block_out_channels: list[int] = field(
         default_factory=lambda: [32, 64, 128], metadata={"help": "channels at each resolution, halved between them"}
@@ -301,6 +319,7 @@ class TokenizerTrainingArguments(BaseTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_channels(self.image_channels)
         if self.autoencoder not in ("kl", "dc", "vq"):
             raise ValueError(f"`autoencoder` has to be kl, dc or vq, got {self.autoencoder!r}.")
         if self.autoencoder == "dc" and not self.latent_noise > 0:
@@ -369,6 +388,21 @@ class TextEncoderTrainingArguments(BaseTrainingArguments):
         check_templates(self.caption_templates)
 
 
+class Parser(HfArgumentParser):
+    """A command line whose faults are errors like others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Args:
+            message (`str`): what is wrong with it.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{message} (see --help)")
+
+
 def parse_arguments(cls: type[Settings], argv: Sequence[str] | None = None) -> Settings:
     """Settings from a file and the command line, which has the last word.
 
@@ -381,16 +415,22 @@ def parse_arguments(cls: type[Settings], argv: Sequence[str] | None = None) -> S
         An instance of `cls`.
 
     Raises:
-        ValueError: if the file can't be read as settings or holds unknown ones.
+        ValueError: if the file can't be read as settings or holds unknown ones, or an option is missing, unknown or
+            of another type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    source = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    source = Parser([], add_help=False, allow_abbrev=False)
     source.add_argument("--config", metavar="FILE", help="JSON or YAML file; the command line overrides it")
     path, words = source.parse_known_args(argv)
-    parser = HfArgumentParser(cls, parents=[source], allow_abbrev=False)
+    parser = Parser(cls, parents=[source], allow_abbrev=False)
     if path.config is not None:
         words = [*_words_of_file(path.config, {field.name for field in dataclasses.fields(cls)}), *words]
-    return parser.parse_args_into_dataclasses(words)[0]
+    settings, *_, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown:
+        known = [f"--{field.name}" for field in dataclasses.fields(cls)]
+        close = [f"did you mean {name}?" for name in difflib.get_close_matches(unknown[0], known, 1)]
+        parser.error(" ".join([f"unknown options {unknown}", *close]))
+    return settings
 
 
 def _words_of_file(path: str, known: set[str]) -> list[str]:
@@ -398,7 +438,7 @@ def _words_of_file(path: str, known: set[str]) -> list[str]:
         # Every JSON file is a YAML file, but for numbers as 1e-4, which YAML 1.1 takes for strings.
         text = pathlib.Path(path).read_text(encoding="utf-8")
         settings = json.loads(text) if path.endswith(".json") else _load_yaml(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"`config` {path!r} can't be read: {error}") from error
     if not isinstance(settings, dict) or not settings.keys() <= known:
         wrong = sorted(settings.keys() - known) if isinstance(settings, dict) else type(settings).__name__

@@ -21,6 +21,8 @@ def build_autoencoder(args: TokenizerTrainingArguments) -> Autoencoder:
         blocks = {
             "down_block_types": ("DownEncoderBlock2D",) * levels,
             "up_block_types": ("UpDecoderBlock2D",) * levels,
+            "in_channels": args.image_channels,
+            "out_channels": args.image_channels,
             "block_out_channels": args.block_out_channels,
             "layers_per_block": args.layers_per_block[0],
             "latent_channels": args.latent_channels,
@@ -45,6 +47,7 @@ def build_autoencoder(args: TokenizerTrainingArguments) -> Autoencoder:
         )
     }
     return AutoencoderDC(
+        in_channels=args.image_channels,
         latent_channels=args.latent_channels,
         downsample_block_type="pixel_unshuffle",
         upsample_block_type="pixel_shuffle",
@@ -106,7 +109,7 @@ def latent_statistics(tokenizer: ImageTokenizer, batches: list[torch.Tensor]) ->
 
     Args:
         tokenizer (`ImageTokenizer`): with any normaliser; its own latents are measured.
-        batches (`list[torch.Tensor]`): pictures (B, 3, H, W) in [-1, 1].
+        batches (`list[torch.Tensor]`): pictures (B, channels, H, W) in [-1, 1].
 
     Returns:
         `tuple[list[float], list[float]]`: one number a channel each.

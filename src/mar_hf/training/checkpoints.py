@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -18,6 +19,8 @@ from .resuming import changed_settings, check_data
 logger = get_logger(__name__)
 
 MANIFEST = "manifest.json"
+# What a run writes under a hidden name first: see `atomic_file` and `atomic_folder`.
+LEFT_OVER = re.compile(r"\.(loss\.csv|loss\.png|step_\d+\.png|pipeline|lora|tokenizer|text_encoder)-\w+$")
 
 
 class Progress:
@@ -177,6 +180,19 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, ste
             f"{folder} could not be written ({error}). The last whole checkpoint: {last[0]}."
         ) from error
     accelerator.wait_for_everyone()
+
+
+def remove_left_overs(output_dir: str | os.PathLike) -> None:
+    """Remove what a run that was killed was just writing: hidden holders of files and folders, and a checkpoint.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): of the run.
+    """
+    shutil.rmtree(pathlib.Path(output_dir, "checkpoint.partial"), ignore_errors=True)
+    for folder in (pathlib.Path(output_dir), pathlib.Path(output_dir, "samples")):
+        for path in folder.glob(".*-*"):
+            if LEFT_OVER.match(path.name):
+                shutil.rmtree(path)
 
 
 def load_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, name: str) -> pathlib.Path | None:

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading pictures: folders and data sets in, (B, 3, H, W) tensors in [-1, 1] out."""
+"""Reading pictures: folders and data sets in, (B, channels, H, W) tensors in [-1, 1] out."""
 
+import glob
+import io
+import os
 import pathlib
+import posixpath
+import re
 import warnings
 from functools import partial
 from typing import TYPE_CHECKING
@@ -9,30 +14,39 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image as PILImage
+from PIL import ImageFile, ImageOps
 from torch.utils.data import DataLoader
 
 from ..utils import check_generator, draw, import_extra
+from .folders import SPLITS, TRAINING, Tree, class_folders, read_tree, training_prefix
+from .picture_modes import center_crop, check_channels
 
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset
 
 
-SPLITS = {"train", "validation", "valid", "val", "dev", "test"}
+METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
+# Pillow opens some of these files, but can't read pictures from them.
+NO_PICTURES = {".h5", ".hdf", ".mpg", ".mpeg", ".grib", ".bufr"}
+# Pictures that Pillow may open with a plugin only.
+FOREIGN = {".heic", ".heif", ".hif", ".jxl", ".svg", ".exr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"}
 
 
 def load_image_dataset(path: str, caption_column: str | None = "text") -> "Dataset":
     """The training split of a folder of pictures.
 
     Nothing but the folder is read: pictures stay undecoded until [`ImageTransform`] asks for them, and no host is told
-    of it. Class folders without pictures are skipped with a warning; the other classes are numbered in the order of
-    their names.
+    of it. Links are followed; what is hidden or left by systems (`.git`, `__MACOSX`, `Thumbs.db`) is passed over. A
+    file whose name has no ending is a picture where Pillow opens it. Class folders without pictures are skipped with a
+    warning; the other classes are numbered in the order of their names.
 
     Args:
-        path (`str`): a folder with one sub-folder a class (with or without a `train` level; a single class or
-            folders inside class folders give no labels), one of parquet files, or what `Dataset.save_to_disk` wrote.
-            A `metadata.jsonl` (or `.csv`) beside the pictures or class folders names the pictures, as `file_name`,
-            and their columns; folders then give no labels.
+        path (`str`): a folder with one sub-folder a class (with or without a `train` level, in upper or lower case; a
+            single class or folders inside class folders give no labels), one of parquet files, or what
+            `Dataset.save_to_disk` wrote. A `metadata.jsonl` (or `.csv`, `.parquet`) beside the pictures or class
+            folders names the pictures, as `file_name`, and their columns; folders then give no labels.
         caption_column (`str`, *optional*, defaults to `"text"`): the column of captions, strings or lists of them.
             None leaves captions out.
 
@@ -42,8 +56,9 @@ def load_image_dataset(path: str, caption_column: str | None = "text") -> "Datas
         classes 0 to the largest, one of strings their sorted values.
 
     Raises:
-        ValueError: if the folder does not exist or holds no pictures to train on, a label is out of range, or a
-            picture has no caption though others have.
+        ValueError: if the folder does not exist or holds no pictures to train on, it is not clear which of its
+            folders are trained on, a link is broken, a label is out of range, or a picture has no caption though
+            others have.
     """
     folder = pathlib.Path(path)
     if not folder.is_dir():
@@ -54,11 +69,9 @@ def load_image_dataset(path: str, caption_column: str | None = "text") -> "Datas
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
             dataset = datasets.load_from_disk(path)
             dataset = dataset["train"] if isinstance(dataset, datasets.DatasetDict) else dataset
-        elif any(folder.rglob("*.parquet")):
-            dataset = datasets.load_dataset(str(folder.resolve()), split="train")
         else:
-            dataset = _load_folders(folder)
-    except (FileNotFoundError, KeyError, ValueError, generation_error) as error:
+            dataset = _load_tree(read_tree(path))
+    except (OSError, KeyError, TypeError, ValueError, generation_error) as error:
         reason = error.__cause__ if isinstance(error, generation_error) else error
         raise ValueError(f"`train_data_dir` {path!r} holds no pictures to train on: {reason}") from error
     if "image" not in dataset.column_names:
@@ -73,29 +86,143 @@ def load_image_dataset(path: str, caption_column: str | None = "text") -> "Datas
     return _with_classes(dataset, path) if "label" in known else dataset
 
 
-def _load_folders(folder: pathlib.Path) -> "Dataset":
-    # `load_dataset("imagefolder")` takes classes named "test" or "val 2" for splits, and reports its use to a server.
-    folders = {child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")}
-    if folders and folders <= SPLITS:
-        if "train" not in folders:
-            raise ValueError(f"it has no split 'train', only {sorted(folders)}")
-        return _load_folders(folder / "train")
-    module = import_extra("datasets.packaged_modules.imagefolder.imagefolder", "train")
-    builder = module.ImageFolder(base_path=str(folder.resolve()), data_files={"train": "**"})
-    builder.download_and_prepare()
-    dataset = builder.as_dataset("train")
+def _load_tree(tree: Tree) -> "Dataset":
+    tables = [name for name in tree.files if _ending(name) == ".parquet" and posixpath.basename(name) not in METADATA]
+    pictures = find_pictures(tree)
+    if tables and pictures:
+        raise ValueError(f"it holds both pictures ({pictures[0]!r}, say) and parquet files ({tables[0]!r}, say)")
+    if tables:
+        return _load_parquet(tree, tables)
+    prefix = training_prefix(pictures, tree.folders)
+    metadata = [name for name in tree.files if posixpath.basename(name) in METADATA and name.startswith(prefix)]
+    pictures = [name for name in pictures if name.startswith(prefix)]
+    if not pictures and not metadata:
+        some = ", ".join(map(repr, tree.files[:3]))
+        raise ValueError(f"there are files such as {some}" if some else "it is empty")
+    _warn_of_empty(tree, prefix, pictures)
+    if metadata:
+        return _load_metadata(tree, metadata, pictures)
+    classes = class_folders([name.removeprefix(prefix) for name in pictures])
+    if classes is None:
+        _warn_of_no_classes(tree, prefix, pictures, "pictures at several depths")
+    datasets = import_extra("datasets", "train")
+    columns = {"image": [{"bytes": None, "path": str(tree.root / name)} for name in pictures]}
+    features = {"image": datasets.Image(decode=False)}
+    if classes is not None:
+        features["label"] = datasets.ClassLabel(names=sorted(set(classes)))
+        numbers = {name: number for number, name in enumerate(features["label"].names)}
+        columns["label"] = [numbers[name] for name in classes]
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
-    def is_empty(name: str) -> bool:
-        return not any(file.suffix.lower() in builder.EXTENSIONS for file in (folder / name).rglob("*"))
 
-    empty = sorted(filter(is_empty, folders))
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def find_pictures(tree: Tree) -> list[str]:
+    """The pictures of a folder, by their names' endings; those without one by what they hold.
+
+    Args:
+        tree ([`Tree`]): the folder.
+
+    Returns:
+        `list[str]`: in the order of `tree.files`.
+
+    Raises:
+        ValueError: if there are pictures of a kind that Pillow does not open; names one.
+    """
+    PILImage.init()
+    endings = {ending for ending, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
+    if foreign := next((name for name in tree.files if _ending(name) in FOREIGN - endings), None):
+        raise ValueError(f"{foreign!r} is a picture of a kind that Pillow does not open: convert it, or move it away")
+    endings -= NO_PICTURES
+    return [
+        name
+        for name in tree.files
+        if _ending(name) in endings or (not _ending(name) and _holds_picture(tree.root / name))
+    ]
+
+
+def _holds_picture(path: pathlib.Path) -> bool:
+    try:
+        with PILImage.open(path) as picture:
+            return not isinstance(picture, ImageFile.StubImageFile)
+    except Exception:  # Pillow raises nearly everything on files that are no pictures
+        return False
+
+
+def _warn_of_empty(tree: Tree, prefix: str, pictures: list[str]) -> None:
+    filled = {name.removeprefix(prefix).split("/")[0] for name in pictures}
+    here = [name.removeprefix(prefix) for name in tree.folders if name.startswith(prefix)]
+    empty = [name for name in here if "/" not in name and name not in filled]
     if empty:
-        warnings.warn(f"{str(folder)!r} has folders without pictures, which are skipped: {empty}.", stacklevel=3)
-    if len(folders) - len(empty) > 1 and "label" not in dataset.column_names:
-        metadata = any((folder / name).exists() for name in builder.METADATA_FILENAMES)
-        reason = "metadata without `label`" if metadata else "pictures at several depths"
-        warnings.warn(f"{str(folder)!r} has {reason}, so its folders are no classes.", stacklevel=3)
-    return dataset
+        folder = str(tree.root / prefix)
+        warnings.warn(f"{folder!r} has folders without pictures, which are skipped: {empty}.", stacklevel=4)
+
+
+def _warn_of_no_classes(tree: Tree, prefix: str, pictures: list[str], reason: str) -> None:
+    if len({name.removeprefix(prefix).split("/")[0] for name in pictures if "/" in name.removeprefix(prefix)}) > 1:
+        warnings.warn(f"{str(tree.root / prefix)!r} has {reason}, so its folders are no classes.", stacklevel=4)
+
+
+def _load_parquet(tree: Tree, tables: list[str]) -> "Dataset":
+    """Parquet files, of which those of a split to train on say so in the names of their folders or their own."""
+    splits = {}
+    for name in tables:
+        words = re.split(r"[^a-z]+", os.path.splitext(name.lower())[0])
+        splits.setdefault(next((word for word in words if word in SPLITS), None), []).append(name)
+    if len(splits) > 1 and None in splits:
+        raise ValueError(f"{splits[None][0]!r} is of no split, though other files are, {tables} in all")
+    training = [name for split in (*TRAINING, None) for name in splits.get(split, [])]
+    if not training:
+        raise ValueError(f"it has no split 'train', only {sorted(splits)}")
+    # `load_dataset` reports its use to a server.
+    module = import_extra("datasets.packaged_modules.parquet.parquet", "train")
+    files = [glob.escape(str(tree.root / name)) for name in training]
+    builder = module.Parquet(base_path=str(tree.root), data_files={"train": files})
+    builder.download_and_prepare()
+    return builder.as_dataset("train")
+
+
+def _load_metadata(tree: Tree, metadata: list[str], pictures: list[str]) -> "Dataset":
+    """The pictures that files of metadata name, with their columns, in that order."""
+    arrow = import_extra("pyarrow", "train")
+    datasets = import_extra("datasets", "train")
+    known, tables = set(pictures), []
+    for name in metadata:
+        table = _read_metadata(tree.root / name)
+        column = next((one for one in ("file_name", "image_file_name") if one in table.column_names), None)
+        if column is None:
+            raise ValueError(f"{name!r} has no column `file_name`, only {table.column_names}")
+        folder, files = posixpath.dirname(name), []
+        for row, file in enumerate(table[column].to_pylist()):
+            file = posixpath.normpath(posixpath.join(folder, str(file)))
+            if file not in known:
+                raise ValueError(f"row {row} of {name!r} names {file!r}, which is no picture in this folder")
+            files.append({"bytes": None, "path": str(tree.root / file)})
+        image = arrow.array(files, type=arrow.struct({"bytes": arrow.binary(), "path": arrow.string()}))
+        columns = [one for one in table.column_names if one not in (column, "image")]
+        tables.append(table.select(columns).append_column("image", image))
+    table = arrow.concat_tables(tables, promote_options="default")
+    if len(table) < len(pictures):
+        left_out = len(pictures) - len(table)
+        warnings.warn(f"{left_out} pictures of {str(tree.root)!r} are in no row of its metadata.", stacklevel=4)
+    if "label" not in table.column_names:
+        prefix = f"{posixpath.dirname(metadata[0])}/".removeprefix("/")
+        _warn_of_no_classes(tree, prefix, pictures, "metadata without `label`")
+    return datasets.Dataset(table).cast_column("image", datasets.Image(decode=False))
+
+
+def _read_metadata(path: pathlib.Path) -> "pyarrow.Table":
+    if path.suffix == ".parquet":
+        return import_extra("pyarrow.parquet", "train").read_table(path)
+    if path.suffix == ".csv":
+        frame = import_extra("pandas", "train").read_csv(path)
+        return import_extra("pyarrow", "train").Table.from_pandas(frame, preserve_index=False)
+    # Blocks as large as the file: none ends inside of a row, and each column has one type.
+    json = import_extra("pyarrow.json", "train")
+    options = json.ReadOptions(use_threads=False, block_size=max(path.stat().st_size, 1))
+    return json.read_json(path, read_options=options)
 
 
 def _with_captions(dataset: "Dataset", path: str, column: str) -> "Dataset":
@@ -152,46 +279,25 @@ def describe(value: dict, row: int) -> str:
     return f"{value['path']!r} (row {row})" if value.get("path") else f"row {row}"
 
 
-def center_crop(picture: PILImage.Image, size: int) -> PILImage.Image:
-    """The central square of a picture, resized as ADM does: halve with a box filter, then bicubic.
-
-    Args:
-        picture (`PIL.Image.Image`): any mode; transparent parts become white.
-        size (`int`): side of the result in pixels.
-
-    Returns:
-        `PIL.Image.Image`: RGB, `size` x `size`.
-    """
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = PILImage.alpha_composite(PILImage.new("RGBA", picture.size, "white"), picture)
-    if picture.mode.startswith("I;16"):
-        # Pillow would clip the upper 255/256 of 16 bits to white.
-        picture = picture.point(lambda value: value / 257).convert("L")
-    picture = picture.convert("RGB")
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize(tuple(side // 2 for side in picture.size), PILImage.Resampling.BOX)
-    scale = size / min(picture.size)
-    if scale != 1:
-        sides = tuple(max(size, round(side * scale)) for side in picture.size)
-        picture = picture.resize(sides, PILImage.Resampling.BICUBIC)
-    left, top = ((side - size) // 2 for side in picture.size)
-    return picture.crop((left, top, left + size, top + size))
-
-
 class ImageTransform:
-    """Rows of [`load_image_dataset`] to `pixel_values` (3, H, W) in [-1, 1] and `label` (-1 without classes).
+    """Rows of [`load_image_dataset`] to `pixel_values` (channels, H, W) in [-1, 1] and `label` (-1 without classes).
 
     Pictures are turned as their EXIF data says, cropped to their central square and resized, the small ones up.
     Captions are handed on as `text`, a list of strings a row, where the data has them.
 
     Args:
         resolution (`int`): side of the pictures in pixels.
+        channels (`int`, *optional*, defaults to 3): of the pictures: 1 (grey), 2 (grey and transparency), 3 (colours)
+            or 4 (colours and transparency). Without transparency, clear parts become white.
+
+    Raises:
+        ValueError: if pictures of so many channels can't be read.
     """
 
-    def __init__(self, resolution: int):
+    def __init__(self, resolution: int, channels: int = 3):
+        check_channels(channels)
         self.resolution = resolution
-        self.feature = import_extra("datasets", "train").Image()
+        self.channels = channels
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         pixel_values = [self.read(value, row) for value, row in zip(rows["image"], rows["row"], strict=True)]
@@ -206,17 +312,20 @@ class ImageTransform:
             row (`int`): its number, for the message.
 
         Returns:
-            `torch.Tensor` of shape `(3, resolution, resolution)`: float32 in [-1, 1].
+            `torch.Tensor` of shape `(channels, resolution, resolution)`: float32 in [-1, 1].
 
         Raises:
-            ValueError: if it can't be read; names it.
+            ValueError: if it can't be read, or its numbers are out of the range of its mode; names it.
         """
         try:
-            picture = center_crop(self.feature.decode_example(value), self.resolution)
+            with PILImage.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as picture:
+                ImageOps.exif_transpose(picture, in_place=True)  # a copy would lose the tags of a TIFF file
+                picture = center_crop(picture, self.resolution, self.channels)
         # Pillow raises nearly everything on broken files.
         except Exception as error:
             raise ValueError(f"The picture {describe(value or {}, row)} can't be read: {error}") from error
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+        pixels = torch.from_numpy(np.array(picture)).reshape(self.resolution, self.resolution, self.channels)
+        return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def augment(
@@ -228,7 +337,7 @@ def augment(
     """Random mirror images and shifts, drawn per picture.
 
     Args:
-        pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): the pictures.
+        pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): the pictures.
         generator (`torch.Generator` or `list[torch.Generator]`): one, or one per picture, on the CPU; the only source
             of randomness.
         flip (`bool`, *optional*, defaults to `False`): mirror half of them left to right.
@@ -261,7 +370,7 @@ def some_pictures(dataset: torch.utils.data.Dataset, batch_size: int) -> list[to
         batch_size (`int`): pictures of each but the last.
 
     Returns:
-        `list[torch.Tensor]`: each of shape `(batch, 3, height, width)`, in [-1, 1].
+        `list[torch.Tensor]`: each of shape `(batch, channels, height, width)`, in [-1, 1].
     """
     loader = DataLoader(dataset, batch_size, shuffle=True, generator=torch.Generator().manual_seed(0))
     return [batch["pixel_values"] for batch, _ in zip(loader, range(64), strict=False)]

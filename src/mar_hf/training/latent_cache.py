@@ -279,7 +279,7 @@ def encode_shards(
         rows = list(range(first, first + sizes[number]))
         batches += [(number, rows[start : start + args.batch_size]) for start in range(0, len(rows), args.batch_size)]
     loader = DataLoader(
-        dataset.with_transform(ImageTransform(args.resolution)),
+        dataset.with_transform(ImageTransform(args.resolution, parts[0].image_channels)),
         batch_sampler=[rows for _, rows in batches],
         num_workers=args.dataloader_num_workers,
         collate_fn=collate,

@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
+from .folders import class_folders, read_tree, training_prefix
+
 
 INDEX = "index.json"
 DTYPES = {"float32": ("F32", torch.float32), "float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16)}
@@ -135,6 +137,18 @@ class CachedLatents(Dataset):
                 moments[name.replace("mean", "std")] = torch.zeros(()).expand(self.latent_shape)
         return {**moments, **self._texts(shard, row), "label": int(shard["label"][row])}
 
+    def least_label(self) -> int:
+        """The first class that has latents.
+
+        Returns:
+            `int`: its number; -1 without classes.
+        """
+        least = []
+        for number in range(len(shard_sizes(self.index))):
+            with safe_open(self.folder / shard_name(number), framework="pt") as file:
+                least.append(int(file.get_tensor("label").min()))
+        return min(least)
+
     def longest_text(self) -> int:
         """Tokens of the longest text.
 
@@ -162,23 +176,31 @@ class CachedLatents(Dataset):
 class OriginalLatents(Dataset):
     """The original MAR's cache: `<class>/<picture>.npz` with the moments (mean, log variance) of picture and mirror.
 
+    Folders are read as those of pictures are: of splits only what is trained on, links followed.
+
     Rows are those of [`CachedLatents`].
 
     Args:
         path (`str`): folder of the classes' folders, or of files without classes.
 
     Raises:
-        ValueError: if there are no such files or, when it is read, one is broken.
+        ValueError: if there are no such files, it is not clear which are trained on, or, when it is read, one is
+            broken.
     """
 
     def __init__(self, path: str):
-        self.files = sorted(pathlib.Path(path).glob("*.npz")) or sorted(pathlib.Path(path).glob("*/*.npz"))
-        if not self.files:
+        try:
+            tree = read_tree(path)
+            found = [name for name in tree.files if name.lower().endswith(".npz")]
+            prefix = training_prefix(found, tree.folders)
+        except ValueError as error:
+            raise ValueError(f"`train_data_dir` {path!r} holds no cached latents to train on: {error}") from error
+        if not found:
             raise ValueError(f"`train_data_dir` {path!r} holds no cached latents: neither {INDEX} nor .npz files.")
-        in_classes = self.files[0].parent != pathlib.Path(path)
-        names = sorted({file.parent.name for file in self.files}) if in_classes else None
-        self.class_names: list[str] | None = names
-        self.labels = {name: number for number, name in enumerate(names or [])}
+        self.files = sorted(tree.root / name for name in found if name.startswith(prefix))
+        classes = class_folders([str(file.relative_to(tree.root / prefix)) for file in self.files])
+        self.class_names: list[str] | None = None if classes is None else sorted(set(classes))
+        self.labels = {name: number for number, name in enumerate(self.class_names or [])}
         self.resolution: int | None = None
         self.text_dim: int | None = None
         first = self[0]
@@ -201,6 +223,14 @@ class OriginalLatents(Dataset):
         except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} does not hold cached latents, or is truncated: {error}") from error
         return row
+
+    def least_label(self) -> int:
+        """The first class that has latents.
+
+        Returns:
+            `int`: 0, since classes are folders of such; -1 without classes.
+        """
+        return min(self.labels.values(), default=-1)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         return [self[index] for index in indices]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model is trained from: its data, its tokenizers, and its weights, new or those of a pipeline."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -8,6 +9,7 @@ import warnings
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..generation import TOKEN_SCHEDULES
@@ -40,7 +42,8 @@ def load_data(args: TrainingArguments, path: str, captions: bool) -> tuple[torch
         ValueError: if the data does not fit the settings.
     """
     folder = pathlib.Path(path)
-    if (folder / "index.json").exists() or any(next(folder.glob(kind), None) for kind in ("*.npz", "*/*.npz")):
+    kinds = ("index.json", "*.npz", "*/*.npz", "*/*/*.npz")
+    if any(next(folder.glob(kind), None) for kind in kinds):
         if args.random_shift:
             raise ValueError(f"`random_shift` {args.random_shift} does not go with cached latents.")
         dataset = load_latents(path)
@@ -54,7 +57,21 @@ def load_data(args: TrainingArguments, path: str, captions: bool) -> tuple[torch
         raise ValueError(f"`train_data_dir` {path!r} has no captions: no column {args.caption_column!r}.")
     feature = dataset.features.get("label")
     names = feature.names if feature is not None and not args.ignore_classes else None
-    return dataset.with_transform(ImageTransform(args.resolution)), names
+    return dataset.with_transform(ImageTransform(args.resolution, picture_channels(args))), names
+
+
+def least_label(dataset: torch.utils.data.Dataset) -> int:
+    """The first class that is trained: a class may have a name and no pictures.
+
+    Args:
+        dataset (`torch.utils.data.Dataset`): pictures or latents with classes.
+
+    Returns:
+        `int`: its number.
+    """
+    if hasattr(dataset, "with_transform"):
+        return min(dataset.data.column("label").unique().to_pylist())
+    return dataset.least_label()
 
 
 def text_encoder_source(args: TrainingArguments) -> str | None:
@@ -138,6 +155,27 @@ def tokenizer_source(args: TrainingArguments) -> tuple[str, str] | None:
     return (str(folder), "") if folder.is_dir() else None
 
 
+def picture_channels(args: TrainingArguments) -> int:
+    """Channels of the pictures: those of the image tokenizer.
+
+    Args:
+        args (`TrainingArguments`): settings.
+
+    Returns:
+        `int`: 3 where nobody says another number.
+
+    Raises:
+        ValueError: if settings and tokenizer do not fit each other.
+    """
+    source, asked = tokenizer_source(args), args.image_channels
+    if source is None:
+        return asked or 3
+    found = ImageTokenizerConfig.from_pretrained(source[0], subfolder=source[1]).in_channels
+    if asked not in (None, found):
+        raise ValueError(f"`image_channels` {asked} has to be that of the image tokenizer: {found}.")
+    return found
+
+
 def load_tokenizer(args: TrainingArguments, dataset: torch.utils.data.Dataset, weights: bool) -> ImageTokenizer:
     """The tokenizer of the settings, or pixels of zero mean and unit deviation a channel.
 
@@ -185,7 +223,7 @@ def pixel_tokenizer(dataset: torch.utils.data.Dataset, patch_size: int) -> Image
         ValueError: if a channel is constant.
     """
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:4096]
-    moments = []  # of each picture, so that they need not be in memory together: mean and mean square, (2, 3)
+    moments = []  # of each picture, so that they need not be in memory together: mean and mean square, (2, channels)
     for part in chosen.split(256):
         pictures = torch.stack([row["pixel_values"] for row in dataset.__getitems__(part.tolist())]).double()
         moments.append(torch.stack([pictures.mean((2, 3)), pictures.square().mean((2, 3))], 1))
@@ -193,8 +231,37 @@ def pixel_tokenizer(dataset: torch.utils.data.Dataset, patch_size: int) -> Image
     std = (square - mean.square()).clamp(min=0).sqrt()
     if not (std > 1e-6).all():
         raise ValueError(f"The pictures' channels have deviations {std.tolist()}: a constant one can't be scaled.")
-    config = ImageTokenizerConfig(patch_size=patch_size, shift_factor=mean.tolist(), scaling_factor=(1 / std).tolist())
+    config = ImageTokenizerConfig(
+        in_channels=len(mean),
+        patch_size=patch_size,
+        shift_factor=mean.tolist(),
+        scaling_factor=(1 / std).tolist(),
+    )
     return ImageTokenizer(config).eval()
+
+
+def check_model_config(args: TrainingArguments) -> None:
+    """Refuse what no model can be, before any data is read; what does not fit the data shows later.
+
+    Args:
+        args (`TrainingArguments`): settings.
+
+    Raises:
+        ValueError: if `model_config` names an unknown backbone, size or setting, or has a value of a wrong type.
+    """
+    settings = json.loads(args.model_config)
+    if args.pretrained_model_name_or_path is not None:
+        return  # read into the configuration of the pipeline at once
+    config_class = look_up(BACKBONES, settings.pop("model_type", MARConfig.model_type), "model_type")[0]
+    preset = settings.pop("preset", "base")
+    known = {field.name for field in dataclasses.fields(config_class)}
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(f"`model_config` has the unknown settings {unknown}; known are {sorted(known)}.")
+    look_up(config_class.presets, preset, "preset")
+    try:
+        config_class.preset(preset, **settings)
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"`model_config` has a value of a wrong type: {error}") from error
 
 
 def build_model(
@@ -387,7 +454,7 @@ def build_generation_defaults(
 
     Args:
         args (`TrainingArguments`): what they say of it replaces what a pipeline that is fine-tuned has, one by one;
-            null takes a default away.
+            null takes a default away. Without training for it there is no guidance unless they ask for it.
         model (`PreTrainedModel`): the bare model.
         names (`list[str]`, *optional*): of the classes.
 
@@ -406,11 +473,12 @@ def build_generation_defaults(
         defaults = {"num_inference_steps": 32, "num_diffusion_steps": 50, "guidance_scale": 3.0}
         # What follows from the model need not be saved.
         defaults = {name: value for name, value in defaults.items() if name not in model.sampling_defaults}
-        if not can_be_guided(model.config, names):
-            defaults["guidance_scale"] = 1.0
+    guided = can_be_guided(model.config, names)
+    if not guided:
+        defaults.pop("guidance_scale", None)  # of a pipeline that was trained for it, or that of the recipe
     defaults |= json.loads(args.generation_defaults or "{}")
     defaults = {name: value for name, value in defaults.items() if value is not None}
-    if defaults.get("guidance_scale", 1.0) != 1.0 and not can_be_guided(model.config, names):
+    if not guided and defaults.setdefault("guidance_scale", 1.0) != 1.0:
         warnings.warn(
             f"`guidance_scale` {defaults['guidance_scale']} compares with a model without a class or text, which this "
             "training does not train: `class_dropout_prob` or `text_dropout_prob` has to be above 0.",

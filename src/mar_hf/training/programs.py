@@ -2,12 +2,15 @@
 """The trainings as programs: `accelerate launch -m mar_hf.training [tokenizer | text_encoder | latents] ...`."""
 
 import logging
+import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
-from .arguments import parse_arguments
+from .arguments import BaseTrainingArguments, Settings, parse_arguments
 from .latent_cache import LatentCacheArguments, cache_latents
 from .trainer import Trainer
 from .trainer_base import BaseTrainer
@@ -18,6 +21,40 @@ from .trainer_tokenizer import TokenizerTrainer
 TRAINERS = {"model": Trainer, "tokenizer": TokenizerTrainer, "text_encoder": TextEncoderTrainer}
 
 
+@contextmanager
+def told_in_a_line() -> Iterator[None]:
+    """End the program with one line and exit code 2 where settings or data are refused, which needs no traceback.
+
+    In Python's development mode (`python -X dev`) there is one.
+
+    Yields:
+        None.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        if sys.flags.dev_mode:
+            raise
+        name = pathlib.Path(sys.argv[0]).name
+        name = "mar_hf.training" if name == "__main__.py" else name
+        sys.stderr.write(f"{name}: error: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from error
+
+
+def run_program(
+    function: Callable[[Settings], Any], arguments_class: type[Settings], argv: Sequence[str] | None = None
+) -> None:
+    """Do something with the settings of a command line; what is refused is told in a line.
+
+    Args:
+        function (`Callable`): takes the settings.
+        arguments_class (`type`): a dataclass of settings, see `parse_arguments`.
+        argv (`Sequence[str]`, *optional*): words of the command line; None takes the program's own.
+    """
+    with told_in_a_line():
+        function(parse_arguments(arguments_class, argv))
+
+
 def run_trainer(trainer_class: type[BaseTrainer], argv: Sequence[str] | None = None) -> None:
     """Train with the settings of a command line, and say what came of it.
 
@@ -25,11 +62,15 @@ def run_trainer(trainer_class: type[BaseTrainer], argv: Sequence[str] | None = N
         trainer_class (`type[BaseTrainer]`): what is trained.
         argv (`Sequence[str]`, *optional*): words of the command line; None takes the program's own.
     """
+
+    def train(args: BaseTrainingArguments) -> None:
+        trainer = trainer_class(args)
+        trainer.train()
+        if trainer.summary:
+            tqdm.write(trainer.summary)
+
     logging.basicConfig(level=logging.WARNING)
-    trainer = trainer_class(parse_arguments(trainer_class.arguments_class, argv))
-    trainer.train()
-    if trainer.summary:
-        tqdm.write(trainer.summary)
+    run_program(train, trainer_class.arguments_class, argv)
 
 
 def run_cache(argv: Sequence[str] | None = None) -> None:
@@ -38,8 +79,12 @@ def run_cache(argv: Sequence[str] | None = None) -> None:
     Args:
         argv (`Sequence[str]`, *optional*): words of the command line; None takes the program's own.
     """
-    if summary := cache_latents(parse_arguments(LatentCacheArguments, argv)):
-        tqdm.write(summary)
+
+    def cache(args: LatentCacheArguments) -> None:
+        if summary := cache_latents(args):
+            tqdm.write(summary)
+
+    run_program(cache, LatentCacheArguments, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,5 +98,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name == "latents":
         return run_cache(argv)
     if name not in TRAINERS:
-        raise SystemExit(f"mar_hf.training: {name!r} is none of {', '.join([*TRAINERS, 'latents'])}")
+        with told_in_a_line():
+            raise ValueError(f"{name!r} is none of {', '.join([*TRAINERS, 'latents'])}")
     return run_trainer(TRAINERS[name], argv)

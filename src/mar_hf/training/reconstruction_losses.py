@@ -71,15 +71,27 @@ class PerceptualLoss(nn.Module):
         """The distance.
 
         Args:
-            pictures (`torch.Tensor` of shape `(batch, 3, height, width)`): in [-1, 1].
+            pictures (`torch.Tensor` of shape `(batch, channels, height, width)`): in [-1, 1].
             others (`torch.Tensor` of the same shape): in [-1, 1].
 
         Returns:
             `torch.Tensor` of shape `()`: from 0 to 4 a level.
         """
-        both = self.features(torch.cat([pictures, others]))
+        both = self.features(as_colours(torch.cat([pictures, others])))
         pairs = (normalize(features.float(), dim=1).chunk(2) for features in both)
         return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).sum()
+
+
+def as_colours(pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures of any channels for networks that know colours: grey three times, and without transparency.
+
+    Args:
+        pictures (`torch.Tensor` of shape `(batch, channels, height, width)`): in [-1, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(batch, 3, height, width)`.
+    """
+    return pictures[:, :3] if pictures.shape[1] > 2 else pictures[:, :1].expand(-1, 3, -1, -1)
 
 
 class PatchDiscriminator(nn.Sequential):
@@ -88,13 +100,14 @@ class PatchDiscriminator(nn.Sequential):
     Group norm takes the place of the usual batch norm, so that an answer depends on its own picture only.
 
     Args:
+        in_channels (`int`, *optional*, defaults to 3): of the pictures.
         channels (`int`, *optional*, defaults to 64): of the first layer.
         num_layers (`int`, *optional*, defaults to 3): layers that halve the resolution.
     """
 
-    def __init__(self, channels: int = 64, num_layers: int = 3):
+    def __init__(self, in_channels: int = 3, channels: int = 64, num_layers: int = 3):
         widths = [channels * min(2**number, 8) for number in range(num_layers + 1)]
-        layers = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        layers = [nn.Conv2d(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         for number, (before, width) in enumerate(pairwise(widths), 1):
             stride = 1 if number == num_layers else 2
             layers += [nn.Conv2d(before, width, 4, stride, 1, bias=False), nn.GroupNorm(8, width), nn.LeakyReLU(0.2)]

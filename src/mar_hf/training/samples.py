@@ -6,11 +6,26 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from ..pipelines import MARPipeline
-from ..utils import draw_grid
+from ..utils import draw_grid, on_white
 
 
 MOST_CLASSES = 40
 SMALLEST = 64  # pixels of a picture in a grid
+
+
+def plain_grid(images: list[Image.Image], rows: int, columns: int, resolution: int) -> Image.Image:
+    """Pictures side by side, those with clear parts on white.
+
+    Args:
+        images (`list[PIL.Image.Image]`): row after row.
+        rows (`int`): of the grid.
+        columns (`int`): of the grid.
+        resolution (`int`): side of the pictures in pixels; small ones are enlarged.
+
+    Returns:
+        `PIL.Image.Image`: RGB.
+    """
+    return make_image_grid([on_white(one) for one in images], rows, columns, resize=max(SMALLEST, resolution))
 
 
 def sample_classes(
@@ -39,7 +54,7 @@ def sample_classes(
             num_images_per_prompt=1 if names else len(labels),
             generator=[torch.Generator().manual_seed(number) for number in numbers],
         ).images
-    return make_image_grid(images, rows=rows, cols=num_images, resize=max(SMALLEST, resolution))
+    return plain_grid(images, rows, num_images, resolution)
 
 
 def sample_texts(
@@ -72,4 +87,4 @@ def sample_texts(
     ).images
     if texts is not None:
         return draw_grid(images, texts)
-    return make_image_grid(images, rows=rows, cols=num_images, resize=max(SMALLEST, resolution))
+    return plain_grid(images, rows, num_images, resolution)

@@ -31,8 +31,10 @@ from .model_setup import (
     build_generation_defaults,
     build_model,
     build_noise_scheduler,
+    check_model_config,
     check_text_lengths,
     find_text_dim,
+    least_label,
     load_data,
     load_tokenizer,
     parameter_groups,
@@ -77,6 +79,7 @@ class Trainer(BaseTrainer):
 
     def __init__(self, args: TrainingArguments):
         super().__init__(args)
+        check_model_config(args)
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         set_seed(args.seed)
@@ -271,8 +274,8 @@ class Trainer(BaseTrainer):
         state = self.accelerator.get_state_dict(self.model)
         copy = None
         if self.accelerator.is_main_process:
-            # torch.compile's wrapper shows in the names.
-            state = {name.removeprefix("_orig_mod."): value.detach().clone() for name, value in state.items()}
+            # torch.compile's wrappers, of the model or of its blocks, show in the names.
+            state = {name.replace("_orig_mod.", ""): value.detach().clone() for name, value in state.items()}
             with torch.device("meta"):
                 copy = add_lora(self.args, self.model_class(self.config))
             copy.load_state_dict(state, assign=True)
@@ -391,14 +394,12 @@ class Trainer(BaseTrainer):
             grid (`PIL.Image.Image`): of its samples.
         """
         folder = pathlib.Path(self.args.output_dir)
-        for left_over in folder.glob(".pipeline-*"):  # by a run that was killed while it wrote
-            shutil.rmtree(left_over)
         with atomic_folder(folder / "pipeline", overwrite=True) as target:
             pipe.save_pretrained(target)
             grid.save(pathlib.Path(target, "samples.png"))
             shutil.copy(folder / "loss.png", target)
             name = self.args.hub_model_id or str(folder / "pipeline")
-            example = {"example_class": 0 if self.names else None}
+            example = {"example_class": least_label(self.dataset) if self.names else None}
             if self.text_encoder is not None and not self.from_latents:
                 example["example_prompt"] = self.dataset[0]["text"][0]
             processes = self.accelerator.num_processes

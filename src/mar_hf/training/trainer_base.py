@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .accelerator import make_accelerator
 from .arguments import BaseTrainingArguments
 from .batches import PositionedDataset, TrainingBatches
-from .checkpoints import Progress, list_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoints import Progress, list_checkpoints, load_checkpoint, remove_left_overs, save_checkpoint
 from .resuming import remembered_settings
 
 
@@ -131,6 +131,9 @@ class BaseTrainer(ABC):
     def start(self) -> None:
         """Prepare what is only needed once the run is known to go: folders, trackers; every process calls this."""
         pathlib.Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process:
+            remove_left_overs(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
 
     def save(self) -> None:
         """Write the result and set `summary`, after the last step; the main process calls this."""

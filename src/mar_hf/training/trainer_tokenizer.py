@@ -4,7 +4,6 @@
 import math
 import os
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,17 +19,16 @@ from PIL import Image
 from torch.func import functional_call
 
 from ..tokenizers import ImageTokenizer
+from ..utils import on_white
 from .arguments import TokenizerTrainingArguments
 from .autoencoders import Autoencoder, Reconstruction, build_autoencoder, latent_statistics, perplexity
 from .batches import Collator, example_generators
 from .curves import write_curves, write_samples
+from .folders import held_out_folder
 from .image_data import ImageTransform, load_image_dataset, some_pictures
 from .reconstruction_losses import PatchDiscriminator, PerceptualLoss, discriminator_loss
 from .resuming import fingerprint_pictures
 from .trainer_base import BaseTrainer
-
-
-HELD_OUT = ("validation", "test")
 
 
 class TokenizerTrainer(BaseTrainer):
@@ -64,12 +62,11 @@ class TokenizerTrainer(BaseTrainer):
 
     def __init__(self, args: TokenizerTrainingArguments):
         super().__init__(args)
-        transform = ImageTransform(args.resolution)
+        transform = ImageTransform(args.resolution, args.image_channels)
         load = partial(load_image_dataset, caption_column=None)
         self.dataset = load(args.train_data_dir).with_transform(transform)
         self.collate = Collator(args.seed, args.random_flip, args.random_shift)
-        folders = [pathlib.Path(args.train_data_dir, name) for name in HELD_OUT]
-        held_out = args.validation_data_dir or next((str(folder) for folder in folders if folder.is_dir()), None)
+        held_out = args.validation_data_dir or held_out_folder(args.train_data_dir)
         self.held_out = load(held_out).with_transform(transform) if held_out else None
 
         set_seed(args.seed)
@@ -89,7 +86,7 @@ class TokenizerTrainer(BaseTrainer):
             # Patches of small pictures are seen by fewer layers.
             num_layers = max(1, min(3, int(math.log2(args.resolution)) - 3))
             self.discriminator, self.discriminator_optimizer, self.discriminator_scheduler = self.prepare(
-                PatchDiscriminator(num_layers=num_layers), (0.5, 0.9), args.discriminator_start
+                PatchDiscriminator(args.image_channels, num_layers=num_layers), (0.5, 0.9), args.discriminator_start
             )
         self.register(self.ema, self.progress)
 
@@ -114,7 +111,7 @@ class TokenizerTrainer(BaseTrainer):
         """The generator's adversarial term, scaled to the gradient of all others at the decoder's last layer.
 
         Args:
-            restored (`torch.Tensor` of shape `(batch, 3, height, width)`): reconstructions.
+            restored (`torch.Tensor` of shape `(batch, channels, height, width)`): reconstructions.
             loss (`torch.Tensor` of shape `()`): all other terms.
 
         Returns:
@@ -288,6 +285,7 @@ class TokenizerTrainer(BaseTrainer):
         errors = torch.cat([(a - b).square().mean((1, 2, 3)) for a, b in zip(batches, restored, strict=True)])
         psnr = (10 * torch.log10(4 / errors.clamp(min=1e-10))).mean().item()
         pictures = VaeImageProcessor().postprocess(torch.cat([batches[0][:16], restored[0][:16]]))
+        pictures = [on_white(picture) for picture in pictures]
         return psnr, len(errors), make_image_grid(pictures, rows=2, cols=len(pictures) // 2, resize=96)
 
     @torch.no_grad()
@@ -314,8 +312,6 @@ class TokenizerTrainer(BaseTrainer):
 
     def save(self) -> None:
         args = self.args
-        for left_over in pathlib.Path(args.output_dir).glob(".tokenizer-*"):  # by a run that was killed while it wrote
-            shutil.rmtree(left_over)
         with self.averaged() as vae:
             wrap = partial(ImageTokenizer.from_autoencoder, vae, quantize=args.quantize)
             plain = wrap(scaling_factor=1.0, shift_factor=0.0)
