@@ -2,7 +2,6 @@
 """What every token head offers."""
 
 import math
-import sys
 from abc import ABC, abstractmethod
 from numbers import Integral, Real
 from typing import Any, TypedDict
@@ -323,8 +322,13 @@ class TokenHead(nn.Module, ABC):
                 raise ValueError(f"`{name}` has to be a tensor, got {type(value).__name__}.")
         if isinstance(num_steps, bool) or not isinstance(num_steps, Integral):
             raise ValueError(f"`num_steps` has to be an integer, got {num_steps!r}.")
-        check_number("temperature", temperature, -sys.float_info.max)  # each head has its own range
+        check_number("temperature", temperature, -1e4, 1e4)  # each head has its own range
         self.check_scheduler(scheduler, temperature, **head_kwargs)
+        most = getattr(scheduler, "config", {}).get("num_train_timesteps", num_steps) if self.has_steps else num_steps
+        if not 1 <= num_steps <= most:
+            raise ValueError(
+                f"`num_steps`, the scheduler's `num_inference_steps` has to lie in 1..{most}, got {num_steps}."
+            )
         if (
             not isinstance(guidance_scale, Real)
             or isinstance(guidance_scale, bool)
@@ -346,7 +350,7 @@ class TokenHead(nn.Module, ABC):
             if not fits or (*noise.shape[:2], entries, noise.shape[3]) != expected:
                 raise ValueError(f"`noise` has to be of shape {expected}, got {tuple(noise.shape)}.")
         settings = {"guidance_scale": guidance_scale, "scheduler": scheduler, "num_steps": num_steps, **head_kwargs}
-        settings |= {"temperature": temperature, "noise": noise, "generator": generator}
+        settings |= {"temperature": float(temperature), "noise": noise, "generator": generator}
         return self.draw(condition=condition, negative_condition=negative_condition, **settings)
 
     @abstractmethod

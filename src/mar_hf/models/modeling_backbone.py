@@ -132,6 +132,8 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
                 raise ValueError("`prompt_embeds` needs a model that takes texts: its `text_dim` is None.")
             return [None] * len(blocks), None
         if text_context is not None:
+            if not isinstance(text_context, TextContext):
+                raise ValueError(f"`text_context` has to be a TextContext, got {type(text_context).__name__}.")
             if len(text_context.mask) != batch_size:
                 raise ValueError(f"`text_context` has to hold {batch_size} texts, got {len(text_context.mask)}.")
             return text_context.read_by(self.text_aligner, blocks), None
@@ -169,6 +171,9 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
             ValueError: if a shape does not fit.
         """
         limit, width = self.config.num_text_tokens, self.config.text_dim
+        for ending, value in (("embeds", prompt_embeds), ("attention_mask", prompt_attention_mask)):
+            if not isinstance(value, torch.Tensor) and (value is not None or ending == "embeds"):
+                raise ValueError(f"`{name}_{ending}` has to be a tensor, got {type(value).__name__}.")
         if (
             prompt_embeds.ndim != 3
             or prompt_embeds.shape[::2] != (batch_size, width)

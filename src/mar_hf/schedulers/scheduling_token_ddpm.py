@@ -98,8 +98,8 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
             off the last timesteps.
 
     Raises:
-        ValueError: if a setting is none of those named, or the betas are not one for each step, between 0 and 1, and large
-            enough to tell.
+        ValueError: if a setting is none of those named, or the betas are not one for each step, between 0 and 1 and
+            large enough to tell.
     """
 
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
@@ -124,7 +124,7 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
             "clip_sample": (clip_sample, False),
         }
         for name, (value, allowed) in fixed.items():
-            if value != allowed:
+            if type(value) is not type(allowed) or value != allowed:
                 raise ValueError(f"`{name}` has to be {allowed!r} for this scheduler, got {value!r}.")
         check_count("num_train_timesteps", num_train_timesteps, 1, MOST_TIMESTEPS)
         whole = isinstance(max_timestep, Integral) and not isinstance(max_timestep, bool)
@@ -176,8 +176,8 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
         if not whole or not 1 <= num_inference_steps <= length:
             raise ValueError(f"`num_inference_steps` has to lie in 1..{length}, got {num_inference_steps!r}.")
         try:
-            place = torch.device(device or "cpu")
-        except (RuntimeError, TypeError) as error:
+            place = torch.device("cpu" if device is None else device)
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"`device` has to be a device of torch, got {device!r}: {error}") from error
         if num_inference_steps == self.num_inference_steps and self.timesteps.device == place:
             return
@@ -245,7 +245,7 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
             )
         try:
             index = self._index.get(int(timestep))
-        except (RuntimeError, TypeError, ValueError):  # a word, several numbers
+        except (OverflowError, RuntimeError, TypeError, ValueError):  # a word, several numbers
             index = None
         if index is None:
             raise ValueError(f"`timestep` has to be one of {self.timesteps.tolist()}, got {timestep}.")

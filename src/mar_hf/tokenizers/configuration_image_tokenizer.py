@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of the image tokenizer."""
 
+import json
 import math
 
 from transformers import PreTrainedConfig
@@ -60,6 +61,10 @@ class ImageTokenizerConfig(PreTrainedConfig):
             raise ValueError(f"`normalizer` has to be one of {NORMALIZERS}, got {self.normalizer!r}.")
         if self.autoencoder is not None and not {"_class_name", "latent_channels"} <= self.autoencoder.keys():
             raise ValueError(f"`autoencoder` has to hold `_class_name` and `latent_channels`, got {self.autoencoder}.")
+        try:
+            json.dumps(self.autoencoder)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`autoencoder` has to hold plain data that JSON takes: {error}") from error
         if self.quantize and (self.autoencoder or {}).get("_class_name") != "VQModel":
             raise ValueError(f"`quantize` has to be False without a `VQModel`, got `autoencoder` {self.autoencoder}.")
         self._settle_channels()
@@ -77,7 +82,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
     def _settle_channels(self) -> None:
         settings = self.autoencoder or {}
         channels = settings.get("in_channels", 3 if self.autoencoder or self.in_channels is None else self.in_channels)
-        check_count("in_channels", channels)
+        check_count("in_channels` of `autoencoder" if "in_channels" in settings else "in_channels", channels)
         if self.in_channels not in (None, channels):
             raise ValueError(f"`in_channels` has to be the autoencoder's {channels}, got {self.in_channels}.")
         if settings.get("out_channels", channels) != channels:
