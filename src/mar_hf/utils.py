@@ -6,14 +6,19 @@ import hashlib
 import importlib
 import os
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import wraps
+from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
 import torch
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, ImageDraw, ImageFont
 
 
@@ -22,6 +27,7 @@ try:
 except ImportError:  # Windows: what a killed writer leaves stays there
     fcntl = None
 
+LARGEST = 2**16  # of what is counted in a configuration: far more than any model has, far less than overflows
 MAX_ROWS = 16  # of a grid; more go into blocks side by side
 CELL = 96  # smaller pictures are enlarged to at least this in the grid, by whole factors
 
@@ -70,17 +76,88 @@ def import_extra(name: str, extra: str) -> ModuleType:
         raise ImportError(f'`{library}` is needed here: pip install "mar_hf[{extra}]" ({error})') from error
 
 
+class ConfigurationError(StrictDataclassError, ValueError):
+    """A setting of the wrong type: an error of huggingface_hub's dataclasses, and a ValueError as others are."""
+
+
+def strict_configuration(config_class: type) -> type:
+    """`strict` of huggingface_hub for a configuration that refuses whatever it can't be made of with a ValueError.
+
+    Args:
+        config_class (`type`): the configuration.
+
+    Returns:
+        `type`: the class itself.
+    """
+    config_class = strict(config_class)
+    initialise = config_class.__init__
+
+    @wraps(initialise)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            initialise(self, *args, **kwargs)
+        except ValueError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, StrictDataclassError, TypeError) as error:
+            given = f"{kwargs!r:.500}"
+            raise ConfigurationError(f"{config_class.__name__} can't be made of {given}: {error}") from error
+
+    config_class.__init__ = __init__
+    return config_class
+
+
+def check_count(argument: str, value: Any, least: int = 1, most: int = LARGEST) -> None:
+    """Refuse what is no integer, or out of its range.
+
+    Args:
+        argument (`str`): what it is called, for the message.
+        value (`Any`): what the caller gave.
+        least (`int`, *optional*, defaults to 1): the least allowed.
+        most (`int`, *optional*, defaults to 65536): the most allowed.
+
+    Raises:
+        ValueError: names argument, value and what is allowed.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"`{argument}` has to be an integer from {least} on, got {value!r}.")
+    if value < least:
+        raise ValueError(f"`{argument}` has to be at least {least}, got {value!r}.")
+    if value > most:
+        raise ValueError(f"`{argument}` has to be at most {most}, got {value!r}.")
+
+
+def check_number(argument: str, value: Any, least: float, most: float = sys.float_info.max) -> None:
+    """Refuse what is no finite number, or out of its range.
+
+    Args:
+        argument (`str`): what it is called, for the message.
+        value (`Any`): what the caller gave.
+        least (`float`): the least allowed.
+        most (`float`, *optional*, defaults to 1.7976931348623157e+308): the most allowed.
+
+    Raises:
+        ValueError: names argument, value and what is allowed.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most:
+        allowed = f"lie in [{least}, {most}]" if most < sys.float_info.max else f"be a finite number from {least} on"
+        raise ValueError(f"`{argument}` has to {allowed}, got {value!r}.")
+
+
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
-    """Refuse a list that does not hold one generator per image.
+    """Refuse what is no generator, and a list that does not hold one per image.
 
     Args:
         generator (`torch.Generator` or `list[torch.Generator]`, *optional*): what the caller gave.
         batch_size (`int`): images.
 
     Raises:
-        ValueError: if it is a list of another length.
+        ValueError: if it is something else, or a list of another length.
     """
-    if isinstance(generator, list) and len(generator) != batch_size:
+    if generator is None or isinstance(generator, torch.Generator):
+        return
+    if not isinstance(generator, list) or not all(isinstance(one, torch.Generator) for one in generator):
+        raise ValueError(f"`generator` has to be a torch.Generator, a list of them or None, got {generator!r:.60}.")
+    if len(generator) != batch_size:
         raise ValueError(f"`generator` has to hold one generator per image ({batch_size}), got {len(generator)}.")
 
 

@@ -131,3 +131,65 @@ def test_masked_rows_are_found_without_counting_them():
     rows = [10 * row + column for row in range(4) for column in range(10) if mask[row, column]]
     assert masked_rows(mask).tolist() == masked_rows(mask, 3).tolist() == rows
     assert masked_rows(torch.eye(2, dtype=torch.bool)[:1]).tolist() == [0]
+
+
+def ready(name):
+    head = randomise(TOKEN_HEADS[name](token_dim=5, condition_dim=7, hidden_size=8))
+    if name == "categorical":
+        head.codebook.normal_(generator=seeded(3))
+    return head
+
+
+@pytest.mark.parametrize("name", TOKEN_HEADS)
+@pytest.mark.parametrize(
+    "argument, values",
+    [
+        ("condition", [-1, torch.zeros(2, 7), torch.zeros(1, 2, 6), torch.zeros(1, 2, 7, dtype=torch.complex64)]),
+        ("negative_condition", ["x", torch.zeros(1, 3, 7)]),
+        ("noise", [1.5, torch.zeros(1, 2, 3)]),
+        ("generator", [5, [5], nn.Linear(1, 1), torch.zeros(1)]),
+        ("num_steps", [2.0, True, None, "2"]),
+        ("temperature", ["x", None, float("nan"), True]),
+    ],
+)
+def test_sampling_says_what_is_wrong(name, argument, values):
+    inputs = {"condition": torch.zeros(1, 2, 7), "scheduler": TokenDDPMScheduler(), "num_steps": 2}
+    inputs |= {"negative_condition": torch.zeros(1, 2, 7), "guidance_scale": 2.0}
+    for value in values:
+        with pytest.raises(ValueError, match=f"`{argument}`"):
+            ready(name).sample(**{**inputs, argument: value})
+
+
+@pytest.mark.parametrize("name", TOKEN_HEADS)
+@pytest.mark.parametrize(
+    "argument, values",
+    [
+        ("condition", [-1, torch.zeros(1, 2, 6)]),
+        ("target", [None, torch.zeros(1, 2, 4), torch.zeros(1, 2, 5).long()]),
+        ("mask", [None, torch.ones(1, 2), torch.ones(2, 2).bool()]),
+        ("num_masked", [True, 3, -1, 1.0, len]),
+        ("generator", [5, [5]]),
+    ],
+)
+def test_the_loss_says_what_is_wrong(name, argument, values):
+    inputs = {"condition": torch.zeros(1, 2, 7), "target": torch.zeros(1, 2, 5), "scheduler": TokenDDPMScheduler()}
+    inputs |= {"mask": torch.ones(1, 2).bool()}
+    for value in values:
+        with pytest.raises(ValueError, match=f"`{argument}`"):
+            ready(name).loss(**{**inputs, argument: value})
+
+
+@pytest.mark.parametrize(
+    "argument, values",
+    [
+        ("scheduler", [5, None, [1]]),
+        ("timesteps", [torch.full((2,), 1000), torch.full((2,), -1), torch.zeros(2), torch.zeros(3).long(), 5]),
+        ("noise", ["x", torch.zeros(2, 4), torch.zeros(2, 5).long()]),
+    ],
+)
+def test_the_diffusion_loss_says_what_is_wrong(argument, values):
+    inputs = {"condition": torch.zeros(1, 2, 7), "target": torch.zeros(1, 2, 5), "scheduler": TokenDDPMScheduler()}
+    inputs |= {"mask": torch.ones(1, 2).bool()}
+    for value in values:
+        with pytest.raises(ValueError, match=argument):
+            ready("diffusion").loss(**{**inputs, argument: value})

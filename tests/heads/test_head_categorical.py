@@ -410,3 +410,15 @@ def test_a_loss_needs_masked_tokens(num_masked):
     arguments = {"condition": conditions()[0], "target": torch.zeros(2, 5, TOKEN_DIM), "num_masked": num_masked}
     with pytest.raises(ValueError, match="`mask` has to mask at least one token"):
         tiny_head().loss(**arguments, mask=mask, scheduler=SCHEDULER)
+
+
+@torch.no_grad()
+def test_what_is_not_a_number_stays_so():
+    head, (condition, _) = tiny_head(), conditions()
+    noise = torch.zeros(2, 5, 1, TOKEN_DIM)
+    noise[0, 1] = math.nan
+    found = sample(head, condition, noise=noise)
+    assert found[0, 1].isnan().all() and found.isfinite().all(-1).sum() == 9
+    condition[1, 2] = math.nan
+    found = sample(head, condition, noise=torch.zeros(2, 5, 1, TOKEN_DIM))
+    assert found[1, 2].isnan().all() and found.isfinite().all(-1).sum() == 9

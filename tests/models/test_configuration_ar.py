@@ -27,6 +27,8 @@ class TestARConfig(ConfigurationTests):
                 "`hidden_size` 72 over `num_attention_heads` 12 has to be a multiple of 4 with rotary positions",
             ),
             ({"rotary_base": 1}, "`rotary_base` has to be above 1, got 1"),
+            ({"rotary_base": float("nan")}, "`rotary_base` has to be above 1, got nan"),
+            ({"rotary_base": float("inf")}, "`rotary_base` has to lie in .*, got inf"),
             (
                 {"max_tokens_per_step": 7, "grid_height": 2, "grid_width": 3},
                 r"`max_tokens_per_step` has to lie in 1..6 \(the tokens\), got 7",

@@ -2,11 +2,14 @@
 """What holds for every backbone's configuration, for their own tests to inherit; and the table of backbones."""
 
 import dataclasses
+import math
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from mar_hf import TOKEN_HEADS
 from mar_hf.models import BACKBONES, BackboneConfig
 
 
@@ -136,6 +139,45 @@ class ConfigurationTests:
     )
     def test_values_out_of_range(self, settings, message):
         self.refuse(settings, message)
+
+    @pytest.mark.parametrize(
+        "settings, message",
+        [
+            *(({"layer_norm_eps": eps}, "`layer_norm_eps` has to lie in") for eps in (math.nan, math.inf, 0.0, -1e-6)),
+            *(({"initializer_range": value}, "`initializer_range` has to") for value in (-0.1, math.nan, math.inf)),
+            *(({"mlp_ratio": ratio}, "`mlp_ratio` has to lie in") for ratio in (0, -1, math.nan, math.inf, 1e-9)),
+            *(({name: math.nan}, f"`{name}` has to lie in") for name in ("attention_dropout", "context_noise")),
+            *(({name: True}, f"'{name}' expected") for name in ("hidden_size", "grid_width", "mlp_ratio")),
+            (
+                {"hidden_size": 10**9, "num_attention_heads": 10},
+                "`hidden_size` has to be at most 65536, got 1000000000",
+            ),
+            ({"num_classes": 10**12}, "`num_classes` has to be at most"),
+            ({"text_aligner_layers": 10**9}, "`text_aligner_layers` has to be at most 1024"),
+            ({"id2label": 1}, r"can't be made of .*'id2label': 1"),
+            ({"dtype": "float31"}, r"can't be made of .*'dtype': 'float31'"),
+        ],
+    )
+    def test_what_is_no_number_or_an_absurd_one(self, settings, message):
+        self.refuse(settings, message)
+
+    @pytest.mark.parametrize(
+        "head_config, message",
+        [
+            ({"hidden_size": 0}, "`hidden_size` has to be at least 1"),
+            ({"hidden_size": True}, "`hidden_size` has to be an integer from 1 on, got True"),
+            ({"hidden_size": [8]}, r"`hidden_size` has to be an integer from 1 on, got \[8\]"),
+            ({"num_layers": 2.0}, "`num_layers` has to be an integer from 0 on, got 2.0"),
+            ({"num_layers": 10**9}, "`num_layers` has to be at most 1024"),
+            ({"layer_norm_eps": math.nan}, "`layer_norm_eps` has to lie in .*, got nan"),
+            ({"layer_norm_eps": "x"}, "`layer_norm_eps` has to lie in .*, got 'x'"),
+        ],
+    )
+    @pytest.mark.parametrize("head_type", TOKEN_HEADS)
+    def test_settings_of_the_head(self, head_type, head_config, message):
+        model_class = BACKBONES[self.config_class.model_type][2]
+        with torch.device("meta"), pytest.raises(ValueError, match=f"`head_config` .* does not fit .*{message}"):
+            model_class(self.config_class(head_type=head_type, head_config=head_config, hidden_size=12))
 
 
 def test_the_table_of_backbones_is_what_the_auto_classes_know():

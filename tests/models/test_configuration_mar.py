@@ -43,6 +43,10 @@ class TestMARConfig(ConfigurationTests):
             ({"mask_ratio_min": 0}, r"`mask_ratio_min` has to lie in \(0, 1\], got 0"),
             ({"mask_ratio_min": 1.1}, r"`mask_ratio_min` has to lie in \(0, 1\], got 1.1"),
             ({"mask_ratio_std": 0}, "`mask_ratio_std` has to be above 0, got 0"),
+            ({"mask_ratio_std": float("inf")}, "`mask_ratio_std` has to lie in .*, got inf"),
+            ({"mask_ratio_mean": float("nan")}, "`mask_ratio_mean` has to lie in .*, got nan"),
+            ({"num_encoder_layers": 10**6}, "`num_encoder_layers` has to be at most 1024, got 1000000"),
+            ({"decoder_hidden_size": True}, "'decoder_hidden_size' with value True"),
         ],
     )
     def test_own_values_out_of_range(self, settings, message):

@@ -264,7 +264,7 @@ def test_dropout_of_the_probabilities_is_for_training_only(attention):
 def test_a_block_attends_to_itself_then_to_the_context_then_applies_its_mlp(attention):
     layer, (states, context, added) = make_layer(attention), inputs()
     found = layer(states, context=layer.context_attention.read(context, added))
-    expected = states + layer.attention(layer.attention_norm(states))
+    expected = states + layer.attention(layer.attention_norm(states))[0]
     without = expected + layer.mlp(layer.mlp_norm(expected))
     assert torch.equal(layer(states), without)
     expected = expected + by_hand(layer.context_attention, layer.context_norm(expected), context)

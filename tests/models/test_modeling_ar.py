@@ -588,3 +588,18 @@ def test_rotary_settings_reach_the_model():
             for base in (10, 1000.0)
         )
     assert relative_error(small, large) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "argument, values",
+    [
+        ("orders", [b"x", [[0]], torch.zeros(2, 16), torch.full((2, 16), 16), torch.full((2, 16), -1)]),
+        ("tokens_per_step", [[8, 8.0], torch.ones(2, 3), ["x"], [True], 5]),
+    ],
+)
+def test_what_says_the_order_is_checked(argument, values):
+    model, tokens = tiny_model("ar", max_tokens_per_step=8), torch.zeros(2, 16, 12)
+    for part in (model, model.model):
+        for value in values:
+            with pytest.raises(ValueError, match=f"`{argument}` has to"):
+                part(tokens, **{"orders": torch.arange(16).expand(2, -1), argument: value})

@@ -12,6 +12,7 @@ from transformers import AutoModel
 from common import LAYERS, MODELS, assert_same_tensors, relative_error, seeded, store, tiny_config, tiny_model
 from mar_hf import BackboneOutput, CategoricalHead, DiffusionHead, TokenDDPMScheduler
 from mar_hf.models import add_context_noise
+from mar_hf.models.layers import BackboneLayer
 
 
 NULL = 3  # of the tiny model's 3 classes
@@ -210,6 +211,51 @@ class BackboneTests:
         eager = model(**inputs).condition
         assert relative_error(eager, sdpa) < 1e-5
         assert not torch.equal(eager, sdpa)
+
+    @torch.no_grad()
+    def test_hidden_states_and_attentions(self):
+        model, inputs = self.tiny(), self.inputs()
+        model.set_attn_implementation("eager")
+        plain = model(**inputs)
+        assert plain.hidden_states is None and plain.attentions is None
+        output = model(**inputs, output_hidden_states=True, output_attentions=True)
+        assert torch.equal(output.condition, plain.condition)
+        assert list(output) == [*self.fields, "hidden_states", "attentions"]
+        layers = [layer for layer in self.layers(model) if isinstance(layer, BackboneLayer)]  # not the aligner's
+        assert len(output.hidden_states) == len(layers) + 1 and len(output.attentions) == len(layers)
+        for probabilities, after in zip(output.attentions, output.hidden_states[1:], strict=True):
+            assert probabilities.shape[:3] == (2, 2, after.shape[1]) and after.shape[2] == 32
+            torch.testing.assert_close(probabilities.sum(-1), torch.ones(probabilities.shape[:3]))
+        # What the first block makes of what goes into it, and what the last one ends in.
+        seen = []
+        layers[-1].register_forward_hook(lambda _, __, output: seen.append(output))
+        model(**inputs)
+        assert torch.equal(output.hidden_states[-1], seen[0])
+        last = model(**inputs, output_hidden_states=-1).hidden_states
+        assert torch.equal(last[-1], seen[0]) and last[:-1] == (None,) * len(layers)
+        # By the configuration, and as a tuple.
+        model.config.output_hidden_states = True
+        assert len(model(**inputs).hidden_states) == len(layers) + 1
+        assert len(model(**inputs, return_dict=False)) == len(self.fields) + 1
+        model.config.output_attentions = True
+        assert len(model(**inputs).attentions) == len(layers)
+
+    def test_attentions_take_an_implementation_that_has_them(self):
+        for model in (self.tiny(), self.tiny().model):
+            with pytest.raises(ValueError, match="`output_attentions` needs `attn_implementation` 'eager', .* 'sdpa'"):
+                model(**self.inputs(), output_attentions=True)
+
+    def test_the_input_s_layer(self):
+        model = self.tiny()
+        assert model.get_input_embeddings() is model.model.get_input_embeddings() is model.model.token_proj
+
+    def test_no_guidance_away_from_what_was_never_trained(self):
+        assert "guidance_scale" not in self.tiny().sampling_defaults
+        settings = {"class_dropout_prob": 0.0, "text_dropout_prob": 0.0}
+        assert self.tiny(**settings).sampling_defaults["guidance_scale"] == 1.0
+        assert self.tiny(class_dropout_prob=0.0, text_dim=None).sampling_defaults["guidance_scale"] == 1.0
+        dropped = self.tiny(class_dropout_prob=0.0, text_dim=8, text_dropout_prob=0.1)
+        assert "guidance_scale" not in dropped.sampling_defaults
 
     # Training
 
@@ -539,6 +585,20 @@ class BackboneTests:
         for model in (self.tiny(), self.tiny().model):
             with pytest.raises(ValueError, match=message):
                 model(**{**self.inputs(), **change})
+
+    @pytest.mark.parametrize(
+        "argument, values",
+        [
+            ("generator", [5, [5, 5], torch.zeros(2)]),
+            ("tokens", [None, torch.zeros(2, 16, 12, dtype=torch.complex64), torch.zeros(2, 16, 12).bool()]),
+            ("noise_scheduler", [5, "x"]),
+        ],
+    )
+    def test_wrong_inputs_of_training(self, argument, values):
+        model, inputs = self.tiny().train(), self.inputs()
+        for value in values:
+            with pytest.raises(ValueError, match=f"`{argument}`"):
+                model(**{**inputs, argument: value})
 
     @pytest.mark.parametrize(
         "mask, got", [(torch.zeros(2, 16), "torch.float32 (2, 16)"), (torch.ones(1, 16).bool(), "torch.bool (1, 16)")]

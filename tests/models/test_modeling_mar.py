@@ -244,6 +244,21 @@ def test_the_loss_needs_all_positions():
 # Errors
 
 
+@pytest.mark.parametrize(
+    "argument, values",
+    [
+        ("positions", [5, [[0]], torch.zeros(3, 1), torch.full((3, 1), 16), torch.full((3, 1), -1)]),
+        ("num_masked", [len, 17, -1, True, 2.0]),
+    ],
+)
+def test_wrong_places(argument, values):
+    model, (tokens, mask, labels) = tiny_model(), inputs(3)
+    for part in (model, model.model):
+        for value in values:
+            with pytest.raises(ValueError, match=f"`{argument}` has to"):
+                part(tokens, mask, labels, **{argument: value})
+
+
 def test_masks_are_needed_outside_training():
     with pytest.raises(ValueError, match="`mask` has to be given in eval mode"):
         tiny_model()(inputs()[0])

@@ -8,6 +8,7 @@ import torch
 
 from common import MODELS, relative_error, seeded, tiny_config, tiny_model
 from mar_hf.models import TextContext
+from mar_hf.models.layers import BackboneLayer
 from tiny_texts import TEXT, TEXT_DIM
 
 
@@ -128,6 +129,18 @@ class TextTests:
         found = model(**inputs).condition
         assert torch.equal(model(**inputs, class_labels=torch.tensor([0, 0])).condition, found)
         assert relative_error(model(**self.without_texts()[0] | {"class_labels": None}).condition, found) > 1e-3
+
+    @torch.no_grad()
+    def test_what_is_recorded_is_the_backbone_s_not_the_aligner_s(self):
+        model, (without, texts) = self.tiny(), self.without_texts()
+        model.set_attn_implementation("eager")
+        counts = []
+        for inputs in (without, texts):
+            output = model(**inputs, output_hidden_states=True, output_attentions=True)
+            counts.append((len(output.hidden_states), len(output.attentions)))
+        blocks = sum(isinstance(layer, BackboneLayer) for layer in self.layers(model))
+        assert 0 < blocks < len(self.layers(model))
+        assert counts == [(blocks + 1, blocks)] * 2
 
     def test_guidance_is_constant_by_default(self):
         assert self.tiny().sampling_defaults["guidance_schedule"] == "constant"

@@ -144,10 +144,21 @@ def test_given_betas():
     assert scheduler.timesteps.tolist() == [2, 1, 0]
 
 
-@pytest.mark.parametrize("betas", [[0.1, 0.2], [0.1, 0.2, 1.0], [0.0, 0.2, 0.5], [[0.1, 0.2, 0.5]]])
+@pytest.mark.parametrize(
+    "betas",
+    [
+        *([0.1, 0.2], [0.1, 0.2, 1.0], [0.0, 0.2, 0.5], [[0.1, 0.2, 0.5]]),
+        *(["x"] * 3, [0.1, [0.2]], 5, "abc", [math.nan] * 3),
+    ],
+)
 def test_wrong_betas_are_refused(betas):
     with pytest.raises(ValueError, match="`trained_betas` has to hold 3 numbers between 0 and 1"):
         TokenDDPMScheduler(num_train_timesteps=3, trained_betas=betas)
+
+
+def test_betas_that_leave_no_noise_are_refused():
+    with pytest.raises(ValueError, match="`trained_betas` has to leave signal and noise"):
+        TokenDDPMScheduler(num_train_timesteps=3, trained_betas=[1e-300] * 3)
 
 
 # Noise
@@ -386,6 +397,12 @@ def test_compatible_schedulers():
         ({"clip_sample": True}, "`clip_sample` has to be False .* got True"),
         ({"max_timestep": 0}, r"`max_timestep` has to lie in 1\.\.999, got 0"),
         ({"max_timestep": 1000}, r"`max_timestep` has to lie in 1\.\.999, got 1000"),
+        ({"max_timestep": True}, r"`max_timestep` has to lie in 1\.\.999, got True"),
+        ({"max_timestep": 10.5}, r"`max_timestep` has to lie in 1\.\.999, got 10.5"),
+        ({"num_train_timesteps": True}, "`num_train_timesteps` has to be an integer from 1 on, got True"),
+        ({"num_train_timesteps": 2.5}, "`num_train_timesteps` has to be an integer from 1 on, got 2.5"),
+        ({"num_train_timesteps": "x"}, "`num_train_timesteps` has to be an integer from 1 on, got 'x'"),
+        ({"num_train_timesteps": 10**9}, "`num_train_timesteps` has to be at most 100000, got 1000000000"),
     ],
 )
 def test_settings_that_it_does_not_have(settings, message):
@@ -420,3 +437,12 @@ def test_wrong_steps():
         prepared(10).step(output, 5, sample)
     with pytest.raises(ValueError, match=r"`model_output` has to hold epsilon and variance .* \(2, 4\), got \(2, 4\)"):
         prepared(10).step(sample, 0, sample)
+    for timestep in ("x", None, torch.zeros(0), torch.zeros(2)):
+        with pytest.raises(ValueError, match="`timestep` has to be one of"):
+            prepared(10).step(output, timestep, sample)
+    for name, wrong in (("model_output", "x"), ("model_output", 5), ("sample", None), ("sample", torch.tensor(1.0))):
+        with pytest.raises(ValueError, match=f"`{name}` has to be a tensor of at least one dimension"):
+            prepared(10).step(**{"model_output": output, "timestep": 0, "sample": sample, name: wrong})
+    for device in ("nowhere", torch.nn.Linear(1, 1)):
+        with pytest.raises(ValueError, match="`device` has to be a device of torch"):
+            TokenDDPMScheduler().set_timesteps(5, device=device)

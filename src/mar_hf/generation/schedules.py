@@ -56,7 +56,10 @@ def check_tokens_per_step(tokens_per_step: list[int], num_tokens: int, limit: in
     Raises:
         ValueError: if a step has none or more than the limit, or all together more than there are.
     """
-    if not tokens_per_step or min(tokens_per_step) < 1 or sum(tokens_per_step) > num_tokens:
+    numbers = isinstance(tokens_per_step, (list, tuple)) and all(
+        isinstance(count, int) and not isinstance(count, bool) for count in tokens_per_step
+    )
+    if not numbers or not tokens_per_step or min(tokens_per_step) < 1 or sum(tokens_per_step) > num_tokens:
         raise ValueError(
             f"`tokens_per_step` has to hold positive numbers with a sum of at most {num_tokens}, got "
             f"{tokens_per_step}."

@@ -3,7 +3,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, TypedDict
 
 import torch
@@ -12,7 +12,35 @@ from torch import nn
 from typing_extensions import Unpack
 
 from ..tokenizers import ImageTokenizer
-from ..utils import check_generator
+from ..utils import check_count, check_generator, check_number
+
+
+def check_tensor(
+    argument: str, value: Any, shape: tuple[int | None, ...], dtype: torch.dtype | None = None, optional: bool = True
+) -> None:
+    """Refuse what is no tensor of a shape and a type.
+
+    Args:
+        argument (`str`): what it is called, for the message.
+        value (`Any`): what the caller gave.
+        shape (`tuple[int | None, ...]`): the shape; None stands for any number.
+        dtype (`torch.dtype`, *optional*): the type; None means real floating-point numbers.
+        optional (`bool`, *optional*, defaults to `True`): whether it may be None.
+
+    Raises:
+        ValueError: names argument, value and what is allowed.
+    """
+    if value is None and optional:
+        return
+    words = f"of shape {tuple('any' if size is None else size for size in shape)}".replace("'", "")
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"`{argument}` has to be a tensor {words}, got {type(value).__name__}.")
+    fits = len(shape) == value.ndim and all(size in (None, has) for size, has in zip(shape, value.shape, strict=True))
+    if not fits:
+        raise ValueError(f"`{argument}` has to be {words}, got {tuple(value.shape)}.")
+    if not (value.is_floating_point() if dtype is None else value.dtype == dtype):
+        expected = "floating-point numbers" if dtype is None else dtype
+        raise ValueError(f"`{argument}` has to hold {expected}, got {value.dtype}.")
 
 
 def masked_rows(mask: torch.Tensor, num_masked: int | None = None) -> torch.Tensor:
@@ -111,8 +139,38 @@ class TokenHead(nn.Module, ABC):
     uses_codebook: bool = False
     # Whether sampling runs through the steps of a scheduler, each of which takes noise.
     has_steps: bool = True
-    # Numbers in a token; the constructor sets it.
+    # Numbers in a token and in a condition; the constructor sets them.
     token_dim: int
+    condition_dim: int | None = None
+
+    def check_sizes(
+        self,
+        token_dim: int,
+        condition_dim: int,
+        num_layers: int,
+        hidden_size: int,
+        batch_multiplier: int,
+        layer_norm_eps: float,
+    ) -> None:
+        """Refuse sizes that no head can have, and take over those of tokens and conditions.
+
+        Args:
+            token_dim (`int`): numbers in a token.
+            condition_dim (`int`): width of the backbone's output.
+            num_layers (`int`): residual blocks.
+            hidden_size (`int`): width of the head.
+            batch_multiplier (`int`): draws per token and training step.
+            layer_norm_eps (`float`): of the layer norms.
+
+        Raises:
+            ValueError: if one is no number, or out of its range.
+        """
+        sizes = {"token_dim": token_dim, "condition_dim": condition_dim, "hidden_size": hidden_size}
+        for name, value in (sizes | {"batch_multiplier": batch_multiplier}).items():
+            check_count(name, value)
+        check_count("num_layers", num_layers, 0, 1024)
+        check_number("layer_norm_eps", layer_norm_eps, 1e-12, 1)
+        self.token_dim, self.condition_dim = token_dim, condition_dim
 
     def set_tokenizer(self, tokenizer: ImageTokenizer) -> None:
         """Take over what the head has to know of the tokens, before training. Most heads need nothing.
@@ -186,8 +244,12 @@ class TokenHead(nn.Module, ABC):
         Raises:
             ValueError: if a shape, the scheduler or the number of generators does not fit or nothing is masked.
         """
-        if isinstance(generator, list):
-            check_generator(generator, len(mask))
+        check_tensor("condition", condition, (None, None, self.condition_dim), optional=False)
+        check_tensor("target", target, (*condition.shape[:2], self.token_dim), optional=False)
+        check_tensor("mask", mask, tuple(condition.shape[:2]), torch.bool, optional=False)
+        if num_masked is not None:
+            check_count("num_masked", num_masked, 0, mask.shape[1])
+        check_generator(generator, len(mask))
         rows = masked_rows(mask, num_masked)
         condition, target = condition.flatten(0, 1)[rows], target.flatten(0, 1)[rows]
         settings = {"scheduler": scheduler, "timesteps": timesteps, "noise": noise, "num_masked": num_masked}
@@ -254,7 +316,19 @@ class TokenHead(nn.Module, ABC):
         Raises:
             ValueError: if something does not fit this head, or it has no such setting.
         """
+        check_tensor("condition", condition, (None, None, self.condition_dim), optional=False)
+        for name, value in (("negative_condition", negative_condition), ("noise", noise)):
+            if value is not None and not isinstance(value, torch.Tensor):
+                raise ValueError(f"`{name}` has to be a tensor, got {type(value).__name__}.")
+        if isinstance(num_steps, bool) or not isinstance(num_steps, Integral):
+            raise ValueError(f"`num_steps` has to be an integer, got {num_steps!r}.")
+        check_number("temperature", temperature, -1e4, 1e4)  # each head has its own range
         self.check_scheduler(scheduler, temperature, **head_kwargs)
+        most = getattr(scheduler, "config", {}).get("num_train_timesteps", num_steps) if self.has_steps else num_steps
+        if not 1 <= num_steps <= most:
+            raise ValueError(
+                f"`num_steps`, the scheduler's `num_inference_steps` has to lie in 1..{most}, got {num_steps}."
+            )
         if (
             not isinstance(guidance_scale, Real)
             or isinstance(guidance_scale, bool)
@@ -268,8 +342,7 @@ class TokenHead(nn.Module, ABC):
                 f"`negative_condition` has to be of shape {tuple(condition.shape)} as `condition`, got "
                 f"{tuple(negative_condition.shape)}."
             )
-        if isinstance(generator, list):
-            check_generator(generator, len(condition))
+        check_generator(generator, len(condition))
         entries = num_steps + 1 if self.has_steps else 1
         expected = (*condition.shape[:2], entries, self.token_dim)
         if noise is not None:
@@ -277,7 +350,7 @@ class TokenHead(nn.Module, ABC):
             if not fits or (*noise.shape[:2], entries, noise.shape[3]) != expected:
                 raise ValueError(f"`noise` has to be of shape {expected}, got {tuple(noise.shape)}.")
         settings = {"guidance_scale": guidance_scale, "scheduler": scheduler, "num_steps": num_steps, **head_kwargs}
-        settings |= {"temperature": temperature, "noise": noise, "generator": generator}
+        settings |= {"temperature": float(temperature), "noise": noise, "generator": generator}
         return self.draw(condition=condition, negative_condition=negative_condition, **settings)
 
     @abstractmethod

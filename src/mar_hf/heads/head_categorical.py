@@ -11,6 +11,7 @@ from torch import nn
 from transformers import initialization as init
 
 from ..tokenizers import ImageTokenizer
+from ..utils import check_count
 from .head_base import HeadBlock, TokenHead, as_computed
 
 
@@ -44,6 +45,9 @@ class CategoricalHead(TokenHead):
         hidden_size (`int`, *optional*, defaults to 1024): width of the blocks.
         batch_multiplier (`int`, *optional*, defaults to 1): without effect; this loss draws nothing.
         layer_norm_eps (`float`, *optional*, defaults to 1e-06): of the layer norms.
+
+    Raises:
+        ValueError: if a setting is no number, or out of its range.
     """
 
     sampling_defaults = {"num_diffusion_steps": 1}
@@ -61,6 +65,8 @@ class CategoricalHead(TokenHead):
         layer_norm_eps: float = 1e-6,
     ):
         super().__init__()
+        self.check_sizes(token_dim, condition_dim, num_layers, hidden_size, batch_multiplier, layer_norm_eps)
+        check_count("num_codes", num_codes, 1, 2**24)
         self.token_dim = token_dim
         self.num_codes = num_codes
         self.register_buffer("codebook", torch.zeros(num_codes, token_dim))
@@ -196,8 +202,10 @@ class CategoricalHead(TokenHead):
         # The first code whose cumulative probability lies above the place: never one of probability 0. Below 1 there
         # is one.
         place = torch.special.ndtr(noise[:, :, 0, :1].to(cumulative)).clamp(max=1 - 1e-12)
-        codes = torch.searchsorted(cumulative, place * cumulative[..., -1:], right=True)[..., 0]
-        return self.codebook[codes].float()
+        place = place * cumulative[..., -1:]
+        codes = torch.searchsorted(cumulative, place, right=True)[..., 0]
+        # What is not a number has no code, and goes on as not a number.
+        return self.codebook[codes.clamp(max=self.num_codes - 1)].float() + (0 * place).float()
 
     def _check_codebook(self) -> None:
         if not self._has_codebook:

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from ..schedulers import TokenDDPMScheduler
-from ..utils import draw
-from .head_base import HeadBlock, TokenHead, as_computed
+from ..utils import check_count, check_number, draw
+from .head_base import HeadBlock, TokenHead, as_computed, check_tensor
 
 
 TIMESTEP_CHANNELS = 256
@@ -118,7 +118,7 @@ class DiffusionHead(TokenHead):
             pass, so that only their activations need room; the loss is the same. None: all at once, and once.
 
     Raises:
-        ValueError: if `loss_chunk_size` is below 1.
+        ValueError: if a setting is no number, or out of its range.
     """
 
     def __init__(
@@ -133,8 +133,10 @@ class DiffusionHead(TokenHead):
         loss_chunk_size: int | None = None,
     ):
         super().__init__()
-        if loss_chunk_size is not None and loss_chunk_size < 1:
-            raise ValueError(f"`loss_chunk_size` has to be at least 1, got {loss_chunk_size}.")
+        self.check_sizes(token_dim, condition_dim, num_layers, hidden_size, batch_multiplier, layer_norm_eps)
+        check_number("initializer_range", initializer_range, 0, 10)
+        if loss_chunk_size is not None:
+            check_count("loss_chunk_size", loss_chunk_size, 1, 2**62)
         self.token_dim = token_dim
         self.batch_multiplier = batch_multiplier
         self.initializer_range = initializer_range
@@ -202,6 +204,8 @@ class DiffusionHead(TokenHead):
             raise ValueError(f"`guidance_refresh` of the head has to be an integer from 1 on, got {refresh!r}.")
         if isinstance(scheduler, TokenDDPMScheduler):
             return
+        if not isinstance(scheduler, SchedulerMixin):
+            raise ValueError(f"`scheduler` has to be a scheduler of diffusers, got {type(scheduler).__name__}.")
         name, config = type(scheduler).__name__, scheduler.config
         if config.get("prediction_type") != "epsilon":
             raise ValueError(
@@ -239,12 +243,17 @@ class DiffusionHead(TokenHead):
             ValueError: if the scheduler is no [`TokenDDPMScheduler`], or a shape does not fit.
         """
         if not isinstance(scheduler, TokenDDPMScheduler):
-            raise ValueError(f"Training needs a TokenDDPMScheduler, got {type(scheduler).__name__}.")
+            raise ValueError(
+                f"Training needs a TokenDDPMScheduler, got {type(scheduler).__name__} as `noise_scheduler`."
+            )
         copies = self.batch_multiplier
         length = copies * mask.numel()
-        for name, value, shape in (("timesteps", timesteps, (length,)), ("noise", noise, (length, self.token_dim))):
-            if value is not None and value.shape != shape:
-                raise ValueError(f"`{name}` has to be of shape {shape}, got {tuple(value.shape)}.")
+        check_tensor("timesteps", timesteps, (length,), torch.int64)
+        check_tensor("noise", noise, (length, self.token_dim))
+        if timesteps is not None and timesteps.device.type == "cpu":
+            least, most = timesteps.min().item(), timesteps.max().item()
+            if least < 0 or most >= len(scheduler):
+                raise ValueError(f"`timesteps` has to lie in 0..{len(scheduler) - 1}, got {least}..{most}.")
         # Row r of the repeated batch is row r modulo the batch.
         repeated = (rows + mask.numel() * torch.arange(copies, device=mask.device)[:, None]).flatten()
         condition, target = condition.repeat(copies, 1), target.repeat(copies, 1).float()

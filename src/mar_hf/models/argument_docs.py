@@ -15,11 +15,17 @@ ARGUMENTS = {
     "loss.",
     "noise_scheduler": "([`TokenDDPMScheduler`], *optional*): the noise schedule of the loss.",
     "orders": "(`torch.Tensor` of shape `(batch, num_tokens)`): int64, positions in the order of generation.",
+    "output_attentions": "(`bool`, *optional*): also gives `attentions`; takes the attention implementation "
+    '`"eager"`. None means what the configuration says.',
+    "output_hidden_states": "(`bool`, `int` or `list[int]`, *optional*): also gives `hidden_states`, all or those of "
+    "these numbers. None means what the configuration says.",
     "prompt_attention_mask": "(`torch.Tensor` of shape `(batch, length)`, *optional*): True or 1 for tokens, False or "
     "0 for padding; a row without tokens is the null text. None: all are tokens.",
     "prompt_embeds": "(`torch.Tensor` of shape `(batch, length, text_dim)`, *optional*): the text encoder's states, "
     "for models with a `text_dim`; None means the null text.",
-    "return_dict": "(`bool`, *optional*): False gives a tuple.",
+    "return_dict": "(`bool`, *optional*): False gives a tuple. None means what the configuration says.",
+    "sampling": "(`dict`, *optional*): arguments of the head's `draw`: its tokens are returned, nothing else is read. "
+    "What needs weights comes by `forward`: offloading and sharding hang on it and see nothing else.",
     "static": "(`bool`, *optional*, defaults to `False`): of a fixed size from the start.",
     "text_context": "([`TextContext`], *optional*): in place of `prompt_embeds` and its mask: keeps what is computed "
     "from the texts, for all steps that it is given to.",

@@ -3,15 +3,14 @@
 
 from typing import Any, ClassVar
 
-from huggingface_hub.dataclasses import strict
-
+from ..utils import check_number, strict_configuration
 from .configuration_backbone import HEADS, BackboneConfig
 
 
 POSITION_TYPES = ("learned", "rotary")
 
 
-@strict
+@strict_configuration
 class ARConfig(BackboneConfig):
     r"""Settings of an [`ARModel`] and of the head on it. The defaults are a model of MAR-B's size.
 
@@ -58,6 +57,7 @@ class ARConfig(BackboneConfig):
             )
         if not self.rotary_base > 1:
             raise ValueError(f"`rotary_base` has to be above 1, got {self.rotary_base}.")
+        check_number("rotary_base", self.rotary_base, 1, 1e12)
         if self.max_tokens_per_step > self.num_tokens:
             raise ValueError(
                 f"`max_tokens_per_step` has to lie in 1..{self.num_tokens} (the tokens), got "

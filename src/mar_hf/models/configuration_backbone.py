@@ -5,13 +5,14 @@ import copy
 from dataclasses import field
 from typing import Any, ClassVar
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from ..generation import GENERATION_ORDERS, look_up
 from ..heads import TOKEN_HEADS
+from ..utils import LARGEST, check_count, check_number, strict_configuration
 
 
+MOST_LAYERS = 1024
 # The head's sizes in the released models of arXiv:2406.11838 (table 4).
 HEADS = {
     "base": {"num_layers": 6, "hidden_size": 1024},
@@ -20,7 +21,7 @@ HEADS = {
 }
 
 
-@strict
+@strict_configuration
 class BackboneConfig(PreTrainedConfig):
     r"""Settings that every backbone has, with those of the head on it.
 
@@ -87,8 +88,8 @@ class BackboneConfig(PreTrainedConfig):
     num_text_tokens: int = 128
     text_aligner_layers: int = 6
     text_dropout_prob: float | int = 0.1
-    layer_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    layer_norm_eps: float | int = 1e-6
+    initializer_range: float | int = 0.02
     order: str = "random"
     context_noise: float | int = 0.0
     head_type: str = "diffusion"
@@ -97,17 +98,19 @@ class BackboneConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         for name in self.positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
-        for name in ("num_classes", "text_aligner_layers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` has to be at least 0, got {getattr(self, name)}.")
+            check_count(name, getattr(self, name), 1, MOST_LAYERS if name.endswith("layers") else LARGEST)
+        check_count("num_classes", self.num_classes, 0, 2**24)
+        check_count("text_aligner_layers", self.text_aligner_layers, 0, MOST_LAYERS)
         if self.text_dim is not None and self.text_dim < 1:
             raise ValueError(f"`text_dim` has to be at least 1 or None, got {self.text_dim}.")
+        check_count("text_dim", self.text_dim or 1)
         shares = ("attention_dropout", "hidden_dropout", "class_dropout_prob", "text_dropout_prob", "context_noise")
         for name in shares:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` has to lie in [0, 1], got {getattr(self, name)}.")
+            check_number(name, getattr(self, name), 0, 1)
+        # Below, float32 would divide by zero where all of a token is the same.
+        check_number("layer_norm_eps", self.layer_norm_eps, 1e-12, 1)
+        check_number("initializer_range", self.initializer_range, 0, 10)
+        check_number("mlp_ratio", self.mlp_ratio, 1 / self.hidden_size, LARGEST)
         self.check_heads("hidden_size", "num_attention_heads")
         look_up(GENERATION_ORDERS, self.order, "order")
         look_up(TOKEN_HEADS, self.head_type, "head_type")

@@ -3,12 +3,11 @@
 
 from typing import Any, ClassVar
 
-from huggingface_hub.dataclasses import strict
-
+from ..utils import check_number, strict_configuration
 from .configuration_backbone import HEADS, BackboneConfig
 
 
-@strict
+@strict_configuration
 class MARConfig(BackboneConfig):
     r"""Settings of a [`MARModel`] and of the head on it. The defaults are those of MAR-B at 256 x 256 pixels.
 
@@ -60,10 +59,18 @@ class MARConfig(BackboneConfig):
         self.decoder_num_attention_heads = self.decoder_num_attention_heads or self.num_attention_heads
         super().__post_init__(**kwargs)
         self.check_heads("decoder_hidden_size", "decoder_num_attention_heads")
+        check_number("mlp_ratio", self.mlp_ratio, 1 / self.decoder_hidden_size)
         if not 0 < self.mask_ratio_min <= 1:
             raise ValueError(f"`mask_ratio_min` has to lie in (0, 1], got {self.mask_ratio_min}.")
         if not self.mask_ratio_std > 0:
             raise ValueError(f"`mask_ratio_std` has to be above 0, got {self.mask_ratio_std}.")
+        check_number("mask_ratio_std", self.mask_ratio_std, 1e-6, 1e6)
+        check_number("mask_ratio_mean", self.mask_ratio_mean, -10, 10)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Transformer blocks, the encoder's and the decoder's."""
+        return self.num_encoder_layers + self.num_decoder_layers
 
     @property
     def condition_dim(self) -> int:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What backbones and the aligner of texts are built from: attention, MLP and blocks; and what comes in, checked."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,14 +22,24 @@ ABSORBED_BYTES = 16 * 2**20
 ContextStates = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
-def check_inputs(tokens: torch.Tensor, mask: torch.Tensor | None, num_tokens: int, token_dim: int) -> None:
-    """Refuse tokens and masks of wrong shapes.
+def check_inputs(
+    tokens: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_tokens: int,
+    token_dim: int,
+    positions: torch.Tensor | None = None,
+    num_masked: int | None = None,
+) -> None:
+    """Refuse tokens, masks and positions of wrong shapes.
 
     Args:
         tokens (`torch.Tensor`): has to be of shape `(batch, num_tokens, token_dim)`.
         mask (`torch.Tensor`, *optional*): has to be bool of shape `(batch, num_tokens)`.
         num_tokens (`int`): of the model.
         token_dim (`int`): of the model.
+        positions (`torch.Tensor`, *optional*): has to be int64 of shape `(batch, count)`. The range is checked where
+            that needs no waiting: on the CPU.
+        num_masked (`int`, *optional*): has to be an integer, at most the tokens.
 
     Raises:
         ValueError: if one does not fit.
@@ -37,6 +47,22 @@ def check_inputs(tokens: torch.Tensor, mask: torch.Tensor | None, num_tokens: in
     is_batch = isinstance(tokens, torch.Tensor) and tokens.ndim == 3 and len(tokens) > 0
     if not is_batch or tokens.shape[1:] != (num_tokens, token_dim):
         raise ValueError(f"`tokens` has to be of shape (batch, {num_tokens}, {token_dim}), got {_form(tokens)}.")
+    if tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(f"`tokens` has to hold real numbers, got {tokens.dtype}.")
+    if positions is not None:
+        fits = isinstance(positions, torch.Tensor) and positions.ndim == 2 and len(positions) == len(tokens)
+        if not fits:
+            raise ValueError(f"`positions` has to be of shape ({len(tokens)}, count), got {_form(positions)}.")
+        if positions.dtype != torch.int64:
+            raise ValueError(f"`positions` has to be int64, got {positions.dtype}.")
+        if positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling():
+            least, most = positions.min().item(), positions.max().item()
+            if least < 0 or most >= num_tokens:
+                raise ValueError(f"`positions` has to lie in 0..{num_tokens - 1}, got {least}..{most}.")
+    if num_masked is not None:
+        whole = isinstance(num_masked, int) and not isinstance(num_masked, bool)
+        if not whole or not 0 <= num_masked <= num_tokens:
+            raise ValueError(f"`num_masked` has to lie in 0..{num_tokens}, got {num_masked!r}.")
     if mask is None:
         return
     if not isinstance(mask, torch.Tensor) or mask.shape != tokens.shape[:2] or mask.dtype != torch.bool:
@@ -132,7 +158,7 @@ def eager_attention_forward(
     return (dropped @ value).transpose(1, 2).contiguous(), probabilities
 
 
-class BackboneAttention(nn.Module):
+class SelfAttention(nn.Module):
     """Multi-head self-attention, with rotary positions and a cache where they are given.
 
     Args:
@@ -160,7 +186,7 @@ class BackboneAttention(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
         wanted: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend.
 
         Args:
@@ -173,7 +199,8 @@ class BackboneAttention(nn.Module):
                 is needed, where it is not that of all.
 
         Returns:
-            `torch.Tensor` of shape `(batch, length, hidden_size)`, or `(batch, wanted, hidden_size)`.
+            two `torch.Tensor`: output of shape `(batch, length, hidden_size)`, or `(batch, wanted, hidden_size)`; and
+            probabilities of shape `(batch, heads, length or wanted, key_length)`, None but for eager attention.
         """
         batch, length, width = hidden_states.shape
         # (B, N, 3D) -> 3 x (B, heads, N, head_dim)
@@ -185,8 +212,12 @@ class BackboneAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_index)
         if wanted is not None:
             query = query.gather(2, wanted[:, None, :, None].expand(-1, self.num_heads, -1, query.shape[-1]))
-        output = attend(self, query, key, value, attention_mask, is_causal)
-        return self.proj(output.reshape(batch, -1, width))
+        output, probabilities = attend(self, query, key, value, attention_mask, is_causal)
+        return self.proj(output.reshape(batch, -1, width)), probabilities
+
+
+class BackboneAttention(SelfAttention):
+    """That of a backbone's block: its probabilities are what `output_attentions` asks for."""
 
 
 class ZeroLinear(nn.Linear):
@@ -291,22 +322,22 @@ class ContextAttention(nn.Module):
             output = torch.baddbmm(self.proj.bias, probabilities.flatten(-2), value)
         else:
             query = self.query(inputs).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            output = self.proj(attend(self, query, key, value, attention_mask).flatten(-2))
+            output = self.proj(attend(self, query, key, value, attention_mask)[0].flatten(-2))
         return output if constant is None else torch.cat([output, constant.expand(-1, output.shape[1], -1)])
 
 
 def attend(
-    module: BackboneAttention | ContextAttention,
+    module: SelfAttention | ContextAttention,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     is_causal: bool = False,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention by the implementation of the configuration.
 
     Args:
-        module ([`BackboneAttention`] or [`ContextAttention`]): whose attention it is.
+        module ([`SelfAttention`] or [`ContextAttention`]): whose attention it is.
         query (`torch.Tensor` of shape `(batch, heads, length, head_dim)`): queries.
         key (`torch.Tensor` of shape `(batch, heads, key_length, head_dim)`): keys.
         value (`torch.Tensor` of the keys' shape): values.
@@ -315,7 +346,8 @@ def attend(
         is_causal (`bool`, *optional*, defaults to `False`): nothing sees what comes after it; without a mask.
 
     Returns:
-        `torch.Tensor` of shape `(batch, length, heads, head_dim)`.
+        two `torch.Tensor`: output of shape `(batch, length, heads, head_dim)`, and what the implementation gives
+        beside it: eager attention its probabilities, of shape `(batch, heads, length, key_length)`.
     """
     config, implementation = module.config, module.config._attn_implementation
     if attention_mask is not None and "flash" in implementation:
@@ -326,7 +358,7 @@ def attend(
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     dropout = config.attention_dropout if module.training else 0.0
     inputs = {"scaling": module.scaling, "dropout": dropout, "is_causal": is_causal}
-    return function(module, query, key, value, attention_mask, **inputs)[0]
+    return function(module, query, key, value, attention_mask, **inputs)
 
 
 def rotate(states: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
@@ -374,7 +406,7 @@ class BackboneMLP(nn.Module):
         return self.fc2(self.dropout(self.activation(self.fc1(hidden_states))))
 
 
-class BackboneLayer(GradientCheckpointingLayer):
+class TransformerLayer(GradientCheckpointingLayer):
     """A pre-norm transformer block: attention to itself, to a context where it has one, an MLP.
 
     Args:
@@ -384,6 +416,8 @@ class BackboneLayer(GradientCheckpointingLayer):
         layer_index (`int`, *optional*, defaults to 0): place in the cache.
         context_dim (`int`, *optional*): width of the context; None: the block has none.
     """
+
+    attention_class: ClassVar[type[SelfAttention]] = SelfAttention
 
     def __init__(
         self,
@@ -395,7 +429,7 @@ class BackboneLayer(GradientCheckpointingLayer):
     ):
         super().__init__()
         self.attention_norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
-        self.attention = BackboneAttention(config, hidden_size, num_heads, layer_index)
+        self.attention = self.attention_class(config, hidden_size, num_heads, layer_index)
         if context_dim is not None:
             self.context_norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
             self.context_attention = ContextAttention(config, hidden_size, num_heads, context_dim)
@@ -418,12 +452,12 @@ class BackboneLayer(GradientCheckpointingLayer):
                 context.
             wanted (`torch.Tensor` of shape `(batch, wanted)`, *optional*): int64, places in the sequence whose output
                 is needed, where it is not that of all: the others are only attended to.
-            attention_inputs (`Any`): for [`BackboneAttention`].
+            attention_inputs (`Any`): for [`SelfAttention`].
 
         Returns:
             `torch.Tensor` of the same shape, or of shape `(batch, wanted, hidden_size)`.
         """
-        attended = self.attention(self.attention_norm(hidden_states), wanted=wanted, **attention_inputs)
+        attended, _ = self.attention(self.attention_norm(hidden_states), wanted=wanted, **attention_inputs)
         if wanted is not None:
             hidden_states = hidden_states.take_along_dim(wanted[..., None], 1)
         hidden_states = hidden_states + self.dropout(attended)
@@ -431,3 +465,9 @@ class BackboneLayer(GradientCheckpointingLayer):
             attended = self.context_attention(self.context_norm(hidden_states), *context)
             hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+class BackboneLayer(TransformerLayer):
+    """A block of a backbone: what it gives is what `output_hidden_states` asks for."""
+
+    attention_class = BackboneAttention

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
-from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import Unpack
 
 from ..generation import sample_tokens_per_step
@@ -86,8 +86,17 @@ class ARPreTrainedModel(BackbonePreTrainedModel):
         """Refuse wrong shapes. Whether orders are permutations, only the device knows."""
         check_inputs(tokens, mask, self.config.num_tokens, self.config.token_dim)
         check_generator(generator, len(tokens))
-        if orders is not None and orders.shape != tokens.shape[:2]:
-            raise ValueError(f"`orders` has to be of shape {tuple(tokens.shape[:2])}, got {tuple(orders.shape)}.")
+        if orders is None:
+            return
+        expected = tuple(tokens.shape[:2])
+        if not isinstance(orders, torch.Tensor) or orders.dtype != torch.int64:
+            raise ValueError(f"`orders` has to be an int64 tensor of shape {expected}, got {orders!r:.60}.")
+        if orders.shape != expected:
+            raise ValueError(f"`orders` has to be of shape {expected}, got {tuple(orders.shape)}.")
+        if orders.device.type == "cpu" and not torch.compiler.is_compiling():
+            least, most = orders.min().item(), orders.max().item()
+            if least < 0 or most >= expected[1]:
+                raise ValueError(f"`orders` has to lie in 0..{expected[1] - 1}, got {least}..{most}.")
 
 
 @fill_arguments
@@ -122,7 +131,7 @@ class ARModel(ARPreTrainedModel):
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.post_init()
 
-    @can_return_tuple
+    @capture_outputs
     def forward(
         self,
         tokens: torch.Tensor,
@@ -146,6 +155,7 @@ class ARModel(ARPreTrainedModel):
             past_key_values (`Cache`, *optional*): keys and values of earlier steps with the same tokens, orders and
                 steps; those of the others are added. None computes all steps.
             {generator, prompt_embeds, prompt_attention_mask, text_context, return_dict}
+            {output_hidden_states, output_attentions}
 
         Returns:
             [`BackboneOutput`]: `condition` of shape `(batch, num_tokens, hidden_size)`, row by row, where all tokens
@@ -344,7 +354,7 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
     def forward(
         self,
         tokens: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,  # what counts in the loss comes last in the order
         class_labels: torch.Tensor | None = None,
         noise_scheduler: object | None = None,
         timesteps: torch.Tensor | None = None,
@@ -354,8 +364,9 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
         past_key_values: Cache | None = None,
         *,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        sampling: dict[str, Any] | None = None,
         **inputs: Unpack[BackboneInputs],
-    ) -> BackboneOutput | tuple[torch.Tensor, ...]:
+    ) -> BackboneOutput | tuple[torch.Tensor, ...] | torch.Tensor:
         """Condition vectors, and the training loss where a noise scheduler is given.
 
         What is random and not given is drawn from `generator` in this order: tokens per step (where there may be
@@ -372,7 +383,8 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
             tokens_per_step (`list[int]`, *optional*): tokens of each step up to the one wanted; None means one each.
                 In training it is drawn where neither it nor `orders` is given.
             past_key_values (`Cache`, *optional*): keys and values of earlier steps; see [`ARModel`].
-            {generator, prompt_embeds, prompt_attention_mask, text_context, return_dict}
+            {generator, sampling, prompt_embeds, prompt_attention_mask, text_context, return_dict}
+            {output_hidden_states, output_attentions}
 
         Returns:
             [`BackboneOutput`]: `loss` (with a scheduler), `condition`: see [`ARModel`].
@@ -381,6 +393,8 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
             ValueError: if a shape, a label, the number of generators or the tokens per step do not fit, or a loss is
                 wanted of steps that leave tokens out.
         """
+        if sampling is not None:
+            return self.head.draw(**sampling)
         self._check_inputs(tokens, mask, generator, orders)
         if self.training and orders is None and tokens_per_step is None:
             drawn = self.training_inputs(len(tokens), generator)
@@ -391,7 +405,7 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
         if mask is not None:
             # A stable sort of False before True.
             orders = orders.gather(1, mask.gather(1, orders).to(torch.uint8).argsort(dim=1, stable=True))
-        return_dict = inputs.pop("return_dict", None)
+        return_dict = inputs.pop("return_dict", self.config.return_dict)
         seen = self.draw_context(tokens, generator) if self.training else tokens
         inputs |= {"past_key_values": past_key_values, "generator": generator}
         output = self.model(seen, orders, tokens_per_step, class_labels, **inputs, return_dict=True)
@@ -426,7 +440,7 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
         """
         inputs = {} if text_context is None else {"text_context": text_context}
         inputs |= {"orders": orders, "tokens_per_step": tokens_per_step, "past_key_values": past_key_values}
-        condition = self(tokens, class_labels=class_labels, **inputs).condition
+        condition = self(tokens, class_labels=class_labels, **inputs, return_dict=True).condition
         count, done = tokens_per_step[-1], sum(tokens_per_step)
         if condition.shape[1] == self.config.num_tokens:
             return condition.take_along_dim(orders[:, done - count : done, None], 1)

@@ -13,7 +13,7 @@ from ..heads import TOKEN_HEADS
 from ..loading import StrictLoadingMixin
 from ..utils import draw
 from .configuration_backbone import BackboneConfig
-from .layers import BackboneLayer, ContextStates, ZeroLinear
+from .layers import BackboneAttention, BackboneLayer, ContextStates, ZeroLinear
 from .modeling_outputs import BackboneOutput
 from .text_context import TextAligner, TextContext
 
@@ -25,6 +25,8 @@ class BackboneInputs(TypedDict, total=False):
     prompt_attention_mask: torch.Tensor | None
     text_context: TextContext | None
     return_dict: bool | None
+    output_hidden_states: bool | None
+    output_attentions: bool | None
 
 
 class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
@@ -40,11 +42,13 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     # The backbone alone can be loaded from a checkpoint with a head.
     _keys_to_ignore_on_load_unexpected = [r"^head\."]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["BackboneLayer", *sorted(head.__name__ for head in TOKEN_HEADS.values())]
+    _no_split_modules = ["BackboneLayer", "TransformerLayer", *sorted(head.__name__ for head in TOKEN_HEADS.values())]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": BackboneLayer, "attentions": BackboneAttention}
+    _input_embed_layer = "token_proj"
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -94,6 +98,8 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         text_context: TextContext | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> tuple[list[ContextStates | None], torch.Tensor | None]:
         """What each block attends to, with the null text for None and, in training, for a share of the texts.
 
@@ -104,20 +110,30 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
             prompt_embeds (`torch.Tensor`, *optional*): as `forward` takes them.
             prompt_attention_mask (`torch.Tensor`, *optional*): likewise.
             text_context ([`TextContext`], *optional*): likewise.
+            output_hidden_states (`bool`, *optional*): likewise; not read here.
+            output_attentions (`bool`, *optional*): likewise; refused here where attention keeps no probabilities.
 
         Returns:
             a list with one entry a block, all None where the model takes no texts; and a bool `torch.Tensor` of shape
             `(batch,)`, or None: True where the class is dropped with the text.
 
         Raises:
-            ValueError: if the model takes no texts, or a shape does not fit.
+            ValueError: if the model takes no texts, a shape does not fit, or attention is not eager where attentions
+                are wanted.
         """
         config, batch_size, device = self.config, len(tokens), tokens.device
+        if output_attentions and config._attn_implementation != "eager":
+            raise ValueError(
+                "`output_attentions` needs `attn_implementation` 'eager', which keeps the probabilities, got "
+                f"{config._attn_implementation!r}."
+            )
         if config.text_dim is None:
             if prompt_embeds is not None or text_context is not None:
                 raise ValueError("`prompt_embeds` needs a model that takes texts: its `text_dim` is None.")
             return [None] * len(blocks), None
         if text_context is not None:
+            if not isinstance(text_context, TextContext):
+                raise ValueError(f"`text_context` has to be a TextContext, got {type(text_context).__name__}.")
             if len(text_context.mask) != batch_size:
                 raise ValueError(f"`text_context` has to hold {batch_size} texts, got {len(text_context.mask)}.")
             return text_context.read_by(self.text_aligner, blocks), None
@@ -155,6 +171,9 @@ class BackbonePreTrainedModel(StrictLoadingMixin, PreTrainedModel):
             ValueError: if a shape does not fit.
         """
         limit, width = self.config.num_text_tokens, self.config.text_dim
+        for ending, value in (("embeds", prompt_embeds), ("attention_mask", prompt_attention_mask)):
+            if not isinstance(value, torch.Tensor) and (value is not None or ending == "embeds"):
+                raise ValueError(f"`{name}_{ending}` has to be a tensor, got {type(value).__name__}.")
         if (
             prompt_embeds.ndim != 3
             or prompt_embeds.shape[::2] != (batch_size, width)
@@ -210,7 +229,7 @@ class TokenHeadMixin:
                 batch_multiplier=config.head_batch_multiplier,
                 **config.head_config,
             )
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(
                 f"`head_config` {config.head_config} does not fit {config.head_type!r}: {error}"
             ) from error
@@ -221,9 +240,15 @@ class TokenHeadMixin:
     @property
     def sampling_defaults(self) -> dict[str, Any]:
         """What a pipeline does where neither its caller nor its checkpoint says otherwise."""
-        defaults = {"generation_order": self.config.order, **self.head.sampling_defaults}
-        # What is usual with texts (Fluid, arXiv:2410.13863, and those after it).
-        return defaults if self.config.text_dim is None else {**defaults, "guidance_schedule": "constant"}
+        config = self.config
+        defaults = {"generation_order": config.order, **self.head.sampling_defaults}
+        if config.text_dim is not None:
+            # What is usual with texts (Fluid, arXiv:2410.13863, and those after it).
+            defaults["guidance_schedule"] = "constant"
+        if config.class_dropout_prob == 0 and (config.text_dim is None or config.text_dropout_prob == 0):
+            # There is nothing to guide away from: the null class was never trained.
+            defaults["guidance_scale"] = 1.0
+        return defaults
 
     def draw_orders(
         self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, progress: float = 1.0

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import Unpack
 
 from ..generation import sample_mask, sample_num_masked
@@ -68,7 +68,7 @@ class MARModel(MARPreTrainedModel):
         self.condition_position_embedding = nn.Parameter(torch.zeros(1, config.num_tokens, decoder_width))
         self.post_init()
 
-    @can_return_tuple
+    @capture_outputs
     def forward(
         self,
         tokens: torch.Tensor,
@@ -93,6 +93,7 @@ class MARModel(MARPreTrainedModel):
             positions (`torch.Tensor` of shape `(batch, count)`, *optional*): int64, where a condition is wanted; the
                 last block computes no others. None: everywhere.
             {prompt_embeds, prompt_attention_mask, text_context, return_dict}
+            {output_hidden_states, output_attentions}
 
         Returns:
             [`BackboneOutput`]: `condition` and `encoder_last_hidden_state`.
@@ -106,10 +107,8 @@ class MARModel(MARPreTrainedModel):
             self.config.num_class_tokens,
             self.condition_position_embedding.shape[1],
         )
-        check_inputs(tokens, mask, num_tokens, config.token_dim)
-        if positions is not None and (positions.ndim != 2 or len(positions) != len(tokens)):
-            raise ValueError(f"`positions` has to be of shape ({len(tokens)}, count), got {tuple(positions.shape)}.")
-        if isinstance(generator, list):
+        check_inputs(tokens, mask, num_tokens, config.token_dim, positions, num_masked)
+        if generator is not None:
             check_generator(generator, len(tokens))
         if num_masked is None:
             counts = mask.sum(1)
@@ -219,8 +218,9 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
         *,
         generator: torch.Generator | list[torch.Generator] | None = None,
         positions: torch.Tensor | None = None,
+        sampling: dict[str, Any] | None = None,
         **inputs: Unpack[BackboneInputs],
-    ) -> BackboneOutput | tuple[torch.Tensor, ...]:
+    ) -> BackboneOutput | tuple[torch.Tensor, ...] | torch.Tensor:
         """Condition vectors, and the training loss where a noise scheduler is given.
 
         What is random and not given is drawn from `generator` in this order: number of masked tokens, their
@@ -237,7 +237,9 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
             {generator}
             positions (`torch.Tensor` of shape `(batch, count)`, *optional*): int64, where a condition is wanted; not
                 with a scheduler, since the loss needs all. None: everywhere.
+            {sampling}
             {prompt_embeds, prompt_attention_mask, text_context, return_dict}
+            {output_hidden_states, output_attentions}
 
         Returns:
             [`BackboneOutput`]: `loss` (with a scheduler), `condition`, `encoder_last_hidden_state`.
@@ -247,14 +249,18 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
                 with both `positions` and a scheduler, or with a list of generators and neither `mask` nor
                 `num_masked`: the batch has one number of masked tokens.
         """
+        if sampling is not None:
+            return self.head.draw(**sampling)
         if positions is not None and noise_scheduler is not None:
             raise ValueError("`positions` does not go with `noise_scheduler`: the loss needs all conditions.")
         if mask is None:
+            check_inputs(tokens, None, self.config.num_tokens, self.config.token_dim, positions, num_masked)
+            check_generator(generator, len(tokens))
             if not self.training:
                 raise ValueError("`mask` has to be given in eval mode: True for the tokens still to be generated.")
             drawn = self.training_inputs(len(tokens), generator, num_masked=num_masked)
             mask, num_masked = drawn["mask"].to(tokens.device), drawn["num_masked"]
-        return_dict = inputs.pop("return_dict", None)
+        return_dict = inputs.pop("return_dict", self.config.return_dict)
         seen = self.draw_context(tokens, generator) if self.training else tokens
         inputs |= {"positions": positions, "generator": generator}
         output = self.model(seen, mask, class_labels, num_masked, **inputs, return_dict=True)
@@ -294,4 +300,4 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
         mask = torch.ones(orders.shape, dtype=torch.bool, device=orders.device).scatter(1, orders[:, :done], False)
         inputs = {} if text_context is None else {"text_context": text_context}
         inputs |= {"num_masked": orders.shape[1] - done, "positions": orders[:, done : done + count]}
-        return self(tokens, mask, class_labels, **inputs).condition
+        return self(tokens, mask, class_labels, **inputs, return_dict=True).condition

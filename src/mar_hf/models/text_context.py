@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_backbone import BackboneConfig
-from .layers import BackboneLayer, ContextStates
+from .layers import BackboneLayer, ContextStates, TransformerLayer
 
 
 def load_text_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -93,12 +93,12 @@ class TextAligner(nn.Module):
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
-        width, heads = config.hidden_size, config.num_attention_heads
+        width, heads, count = config.hidden_size, config.num_attention_heads, config.text_aligner_layers
         self.null_text = nn.Parameter(torch.zeros(1, 1, config.text_dim))
         self.proj = nn.Linear(config.text_dim, width)
         self.proj_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.position_embedding = nn.Parameter(torch.zeros(1, config.num_text_tokens, width))
-        self.layers = nn.ModuleList([BackboneLayer(config, width, heads) for _ in range(config.text_aligner_layers)])
+        self.layers = nn.ModuleList([TransformerLayer(config, width, heads) for _ in range(count)])
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, prompt_embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

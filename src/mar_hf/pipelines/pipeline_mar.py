@@ -573,6 +573,7 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
         """Generate the plan's tokens, step after step: (B, L, C)."""
         # The same model, sooner on many CPUs.
         transformer = by_onednn(self.transformer) if torch.backends.mkldnn.enabled else self.transformer
+        sample = getattr(transformer, "_orig_mod", transformer).forward  # where hooks hang; never compiled as a whole
         backbone = GuidedBackbone(transformer, plan, labels, make_text_context, settings.guidance_refresh)
         scheduler = copy.deepcopy(self.scheduler)  # it counts steps, and other calls may run
         steps, tokens, mask = plan.steps, plan.tokens, plan.mask
@@ -586,17 +587,17 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
                 if plan.context_noise is not None:
                     seen = add_context_noise(tokens, plan.context_noise, settings.context_noise)
                 condition, negative = backbone.predict(seen, number, step.guidance_scale != 1.0)
-                sampled = transformer.head.draw(
-                    condition=condition,
-                    negative_condition=negative,
-                    guidance_scale=step.guidance_scale,
-                    scheduler=scheduler,
-                    num_steps=step.num_diffusion_steps,
-                    temperature=settings.temperature,
-                    noise=plan.noise.gather(1, positions[..., None, None].expand(-1, -1, *plan.noise.shape[2:])),
-                    generator=generator,
-                    **settings.head_kwargs or {},
-                )
+                given = {
+                    "condition": condition,
+                    "negative_condition": negative,
+                    "guidance_scale": step.guidance_scale,
+                    "scheduler": scheduler,
+                    "num_steps": step.num_diffusion_steps,
+                    "temperature": settings.temperature,
+                    "noise": plan.noise.gather(1, positions[..., None, None].expand(-1, -1, *plan.noise.shape[2:])),
+                    "generator": generator,
+                }
+                sampled = sample(None, sampling=given | (settings.head_kwargs or {}))
                 tokens = tokens.scatter(1, positions[..., None].expand_as(sampled), sampled)
                 mask = mask.scatter(1, positions, False)
                 if callback is not None:

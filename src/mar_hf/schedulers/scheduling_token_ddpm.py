@@ -12,6 +12,11 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..utils import check_count
+
+
+MOST_TIMESTEPS = 100_000
+
 
 def cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> torch.Tensor:
     """Betas whose cumulative product of 1 - beta follows a squared cosine (arXiv:2102.09672, eq. 17).
@@ -93,7 +98,8 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
             off the last timesteps.
 
     Raises:
-        ValueError: if a setting is none of those named, or the betas are not one for each step, between 0 and 1.
+        ValueError: if a setting is none of those named, or the betas are not one for each step, between 0 and 1 and
+            large enough to tell.
     """
 
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
@@ -118,22 +124,33 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
             "clip_sample": (clip_sample, False),
         }
         for name, (value, allowed) in fixed.items():
-            if value != allowed:
+            if type(value) is not type(allowed) or value != allowed:
                 raise ValueError(f"`{name}` has to be {allowed!r} for this scheduler, got {value!r}.")
-        if max_timestep is not None and not 0 < max_timestep < num_train_timesteps:
-            raise ValueError(f"`max_timestep` has to lie in 1..{num_train_timesteps - 1}, got {max_timestep}.")
+        check_count("num_train_timesteps", num_train_timesteps, 1, MOST_TIMESTEPS)
+        whole = isinstance(max_timestep, Integral) and not isinstance(max_timestep, bool)
+        if max_timestep is not None and not (whole and 0 < max_timestep < num_train_timesteps):
+            raise ValueError(f"`max_timestep` has to lie in 1..{num_train_timesteps - 1}, got {max_timestep!r}.")
+        if not isinstance(timestep_spacing, str):
+            raise ValueError(f"`timestep_spacing` has to be a name, got {timestep_spacing!r}.")
         # Values left at their defaults would not reach a scheduler made with `from_config`, whose own defaults differ.
         self.register_to_config(_use_default_values=[])
 
         if trained_betas is None:
             self.betas = cosine_betas(num_train_timesteps)
         else:
-            self.betas = torch.tensor(trained_betas, dtype=torch.float64)
+            try:
+                self.betas = torch.as_tensor(trained_betas, dtype=torch.float64)
+            except (RuntimeError, TypeError, ValueError):  # words, rows of several lengths
+                self.betas = torch.zeros(0)
             inside = bool(((self.betas > 0) & (self.betas < 1)).all())
             if self.betas.shape != (num_train_timesteps,) or not inside:
                 raise ValueError(f"`trained_betas` has to hold {num_train_timesteps} numbers between 0 and 1.")
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
         self._train_tables = _tables(self.alphas_cumprod, self.betas)
+        if not all(table.isfinite().all() for table in self._train_tables.values()):
+            raise ValueError(
+                f"`trained_betas` has to leave signal and noise at every step, got {trained_betas!r:.60}."
+            )
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
@@ -151,13 +168,18 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
             device (`str` or `torch.device`, *optional*): where `timesteps` goes; None means the CPU.
 
         Raises:
-            ValueError: if the number of steps is below 1 or above the training chain's length.
+            ValueError: if the number of steps is below 1 or above the training chain's length, or there is no such
+                device.
         """
         length = self.config.num_train_timesteps
         whole = isinstance(num_inference_steps, Integral) and not isinstance(num_inference_steps, bool)
         if not whole or not 1 <= num_inference_steps <= length:
             raise ValueError(f"`num_inference_steps` has to lie in 1..{length}, got {num_inference_steps!r}.")
-        if num_inference_steps == self.num_inference_steps and self.timesteps.device == torch.device(device or "cpu"):
+        try:
+            place = torch.device("cpu" if device is None else device)
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"`device` has to be a device of torch, got {device!r}: {error}") from error
+        if num_inference_steps == self.num_inference_steps and self.timesteps.device == place:
             return
         last = self.config.max_timestep if self.config.max_timestep is not None else length - 1
         visited = torch.tensor(respaced_timesteps(length, num_inference_steps, last))
@@ -170,7 +192,7 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
         rows = zip(*(table.tolist() for table in tables.values()), strict=True)
         self._sampling_rows = [dict(zip(tables, row, strict=True)) for row in rows]
         self._index = {int(t): i for i, t in enumerate(visited)}
-        self.timesteps = visited.flip(0).to(device)
+        self.timesteps = visited.flip(0).to(place)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
         """The sample itself; here for schedulers' common interface.
@@ -213,14 +235,20 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         if self.num_inference_steps is None:
             raise ValueError("Call `set_timesteps` before `step`.")
+        for name, value in (("model_output", model_output), ("sample", sample)):
+            if not isinstance(value, torch.Tensor) or value.ndim == 0:
+                raise ValueError(f"`{name}` has to be a tensor of at least one dimension, got {value!r:.60}.")
         if model_output.shape != (*sample.shape[:-1], 2 * sample.shape[-1]):
             raise ValueError(
                 f"`model_output` has to hold epsilon and variance for each number of `sample` {tuple(sample.shape)}, "
                 f"got {tuple(model_output.shape)}."
             )
-        index = self._index.get(int(timestep))
+        try:
+            index = self._index.get(int(timestep))
+        except (OverflowError, RuntimeError, TypeError, ValueError):  # a word, several numbers
+            index = None
         if index is None:
-            raise ValueError(f"`timestep` has to be one of {self.timesteps.tolist()}, got {int(timestep)}.")
+            raise ValueError(f"`timestep` has to be one of {self.timesteps.tolist()}, got {timestep}.")
         row = self._sampling_rows[index]
         epsilon, variance = model_output.float().chunk(2, dim=-1)
         sample = sample.float()

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of the image tokenizer."""
 
+import json
 import math
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from ..utils import check_count, strict_configuration
 
 
 NORMALIZERS = ("affine", "token_layer_norm")
 
 
-@strict
+@strict_configuration
 class ImageTokenizerConfig(PreTrainedConfig):
     r"""Settings of an [`ImageTokenizer`].
 
@@ -54,11 +56,15 @@ class ImageTokenizerConfig(PreTrainedConfig):
         return self.autoencoder.get("vq_embed_dim") or self.autoencoder["latent_channels"]
 
     def __post_init__(self, **kwargs):
-        _check_count("patch_size", self.patch_size)
+        check_count("patch_size", self.patch_size)
         if self.normalizer not in NORMALIZERS:
             raise ValueError(f"`normalizer` has to be one of {NORMALIZERS}, got {self.normalizer!r}.")
         if self.autoencoder is not None and not {"_class_name", "latent_channels"} <= self.autoencoder.keys():
             raise ValueError(f"`autoencoder` has to hold `_class_name` and `latent_channels`, got {self.autoencoder}.")
+        try:
+            json.dumps(self.autoencoder)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`autoencoder` has to hold plain data that JSON takes: {error}") from error
         if self.quantize and (self.autoencoder or {}).get("_class_name") != "VQModel":
             raise ValueError(f"`quantize` has to be False without a `VQModel`, got `autoencoder` {self.autoencoder}.")
         self._settle_channels()
@@ -76,7 +82,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
     def _settle_channels(self) -> None:
         settings = self.autoencoder or {}
         channels = settings.get("in_channels", 3 if self.autoencoder or self.in_channels is None else self.in_channels)
-        _check_count("in_channels", channels)
+        check_count("in_channels` of `autoencoder" if "in_channels" in settings else "in_channels", channels)
         if self.in_channels not in (None, channels):
             raise ValueError(f"`in_channels` has to be the autoencoder's {channels}, got {self.in_channels}.")
         if settings.get("out_channels", channels) != channels:
@@ -85,9 +91,4 @@ class ImageTokenizerConfig(PreTrainedConfig):
                 f"{channels} and `out_channels` {settings['out_channels']}."
             )
         self.in_channels = channels
-        _check_count("latent_channels", self.latent_channels)
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` has to be at least 1, got {value!r}.")
+        check_count("latent_channels", self.latent_channels)
