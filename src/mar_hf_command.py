@@ -215,7 +215,10 @@ def _check_model(model: str) -> None:
         # The hub's client alone is quick to import, and what is found stays in its cache.
         from huggingface_hub import hf_hub_download
 
-        hf_hub_download(model, "model_index.json")
+        try:
+            hf_hub_download(model, "model_index.json")
+        except OSError as error:
+            raise OSError(f"MODEL is {model!r}: there is no such folder, and the hub says: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

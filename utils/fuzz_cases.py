@@ -752,7 +752,7 @@ def run_command(argv: list[str], folder: Path) -> None:
         raise Unclear(f"code {code!r}")
     if code and (line.count("\n") != 1 or UNEXPECTED.search(line)):
         raise Unclear(line)
-    if code and not any(word in line for word in [*filter(None, argv), "`", "argument"]):
+    if code and not any(word in line for word in [*(repr(word)[1:-1] for word in argv if word), "`", "argument"]):
         raise Unclear(f"names nothing: {line}")
     if left := [path.name for path in folder.rglob("*") if "partial" in path.name]:
         raise Unclear(f"left behind: {left}")

@@ -542,8 +542,13 @@ class StrictPipelineMixin:
             kwargs["use_safetensors"] = True
         folder = source
         if not os.path.isdir(source):
-            with refusals(source, cls):
-                folder = str(cls.download(source, **kwargs))
+            try:
+                with refusals(source, cls):
+                    folder = str(cls.download(source, **kwargs))
+            except OSError as error:
+                if source in str(error):
+                    raise
+                raise OSError(f"{source!r} is no folder here, and can't be had from the hub: {error}") from error
         encoders = cls._check_index(Path(folder), kwargs)
         with refusals(source, cls):
             pipeline = super().from_pretrained(folder, **kwargs)

@@ -446,3 +446,14 @@ def test_wrong_steps():
     for device in ("nowhere", torch.nn.Linear(1, 1)):
         with pytest.raises(ValueError, match="`device` has to be a device of torch"):
             TokenDDPMScheduler().set_timesteps(5, device=device)
+
+
+@pytest.mark.parametrize(
+    "content", ["null", "[1]", "{", "[" * 100_000, '"x"'], ids=["null", "list", "cut", "deep", "text"]
+)
+def test_broken_configurations_are_named(content, tmp_path):
+    TokenDDPMScheduler(max_timestep=950).save_pretrained(tmp_path)
+    assert TokenDDPMScheduler.from_pretrained(tmp_path).config.max_timestep == 950
+    (tmp_path / "scheduler_config.json").write_text(content)
+    with pytest.raises(ValueError, match="scheduler_config.json"):
+        TokenDDPMScheduler.from_pretrained(tmp_path)

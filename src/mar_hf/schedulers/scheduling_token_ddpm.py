@@ -2,8 +2,11 @@
 """DDPM for tokens: cosine noise, learned-range variance, respaced sampling, temperature."""
 
 import math
+import os
 from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
@@ -12,6 +15,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..loading import read_json
 from ..utils import check_count
 
 
@@ -155,6 +159,32 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
         self._sampling_rows: list[dict[str, float]] = []
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load the scheduler, as `SchedulerMixin.from_pretrained` does; a broken file is named.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`, *optional*): a folder or a hub id.
+            subfolder (`str`, *optional*): of it.
+            kwargs (`Any`): passed on.
+
+        Returns:
+            [`TokenDDPMScheduler`].
+
+        Raises:
+            ValueError: if the configuration is no JSON object, or holds a setting that can't be.
+            OSError: if there is none.
+        """
+        file = Path(str(pretrained_model_name_or_path), subfolder or "", cls.config_name)
+        if file.is_file():
+            read_json(file)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
