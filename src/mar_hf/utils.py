@@ -119,7 +119,7 @@ def check_count(argument: str, value: Any, least: int = 1, most: int = LARGEST) 
         ValueError: names argument, value and what is allowed.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"`{argument}` has to be an integer from {least} on, got {value!r}.")
+        raise ValueError(f"`{argument}` has to be at least {least}, got {value!r}, which is no integer.")
     if value < least:
         raise ValueError(f"`{argument}` has to be at least {least}, got {value!r}.")
     if value > most:

@@ -165,9 +165,9 @@ class ConfigurationTests:
         "head_config, message",
         [
             ({"hidden_size": 0}, "`hidden_size` has to be at least 1"),
-            ({"hidden_size": True}, "`hidden_size` has to be an integer from 1 on, got True"),
-            ({"hidden_size": [8]}, r"`hidden_size` has to be an integer from 1 on, got \[8\]"),
-            ({"num_layers": 2.0}, "`num_layers` has to be an integer from 0 on, got 2.0"),
+            ({"hidden_size": True}, "`hidden_size` has to be at least 1, got True, which is no integer"),
+            ({"hidden_size": [8]}, r"`hidden_size` has to be at least 1, got \[8\], which is no integer"),
+            ({"num_layers": 2.0}, "`num_layers` has to be at least 0, got 2.0, which is no integer"),
             ({"num_layers": 10**9}, "`num_layers` has to be at most 1024"),
             ({"layer_norm_eps": math.nan}, "`layer_norm_eps` has to lie in .*, got nan"),
             ({"layer_norm_eps": "x"}, "`layer_norm_eps` has to lie in .*, got 'x'"),

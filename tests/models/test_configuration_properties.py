@@ -71,7 +71,7 @@ def test_a_configuration_works_or_says_what_is_wrong(kind):
         assert output.condition.isfinite().all() and output.loss.isfinite(), changed
 
     check()
-    assert len(worked) > 12 and len(refused) > 12
+    assert len(worked) > 8 and len(refused) > 8  # neither side is tried for nothing
 
 
 def test_a_scheduler_works_or_says_what_is_wrong():

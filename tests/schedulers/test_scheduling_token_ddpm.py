@@ -399,9 +399,9 @@ def test_compatible_schedulers():
         ({"max_timestep": 1000}, r"`max_timestep` has to lie in 1\.\.999, got 1000"),
         ({"max_timestep": True}, r"`max_timestep` has to lie in 1\.\.999, got True"),
         ({"max_timestep": 10.5}, r"`max_timestep` has to lie in 1\.\.999, got 10.5"),
-        ({"num_train_timesteps": True}, "`num_train_timesteps` has to be an integer from 1 on, got True"),
-        ({"num_train_timesteps": 2.5}, "`num_train_timesteps` has to be an integer from 1 on, got 2.5"),
-        ({"num_train_timesteps": "x"}, "`num_train_timesteps` has to be an integer from 1 on, got 'x'"),
+        ({"num_train_timesteps": True}, "`num_train_timesteps` has to be at least 1, got True, which is no integer"),
+        ({"num_train_timesteps": 2.5}, "`num_train_timesteps` has to be at least 1, got 2.5, which is no integer"),
+        ({"num_train_timesteps": "x"}, "`num_train_timesteps` has to be at least 1, got 'x', which is no integer"),
         ({"num_train_timesteps": 10**9}, "`num_train_timesteps` has to be at most 100000, got 1000000000"),
     ],
 )

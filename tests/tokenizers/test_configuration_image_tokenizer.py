@@ -69,6 +69,11 @@ def test_vectors_of_a_codebook_have_a_width_of_their_own(width, channels):
         ({"quantize": True}, "`quantize` has to be False without a `VQModel`, got `autoencoder` None"),
         ({"autoencoder": {}}, r"`autoencoder` has to hold `_class_name` and `latent_channels`, got \{\}"),
         ({"autoencoder": {"latent_channels": 4}}, "`autoencoder` has to hold `_class_name`"),
+        ({"autoencoder": {**TINY, "sample_size": 1j}}, "`autoencoder` has to hold plain data that JSON takes"),
+        (
+            {"autoencoder": {**TINY, "in_channels": None}},
+            "`in_channels` of `autoencoder` has to be at least 1, got None",
+        ),
     ],
 )
 def test_values_that_cannot_be(settings, message):
