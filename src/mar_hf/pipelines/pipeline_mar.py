@@ -4,7 +4,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from numbers import Integral
 from threading import get_ident
 from typing import Any
@@ -30,6 +30,7 @@ from ..loading import StrictPipelineMixin, check_components
 from ..models import ARForImageGeneration, MARForImageGeneration, add_context_noise, check_text_encoder
 from ..onednn import by_onednn
 from ..tokenizers import ImageTokenizer
+from .calls import CallStateMixin, PipelineCall
 from .compilation import compile_transformer
 from .guided_backbone import GuidedBackbone
 from .prompts import PromptMixin
@@ -51,23 +52,6 @@ EXAMPLE_DOC_STRING = """
         >>> images = pipe(class_labels=["heart", "clock"], generator=torch.Generator().manual_seed(0)).images
         ```
 """
-
-
-@dataclass
-class PipelineCall:
-    """What a running call lets its callbacks see and change, through the pipeline's properties.
-
-    Args:
-        guidance_scale (`float`, *optional*, defaults to 1.0): counts from the next step on.
-        is_conditional (`bool`, *optional*, defaults to `False`): whether there is a class or text to guide to.
-        num_timesteps (`int`, *optional*, defaults to 0): autoregressive steps.
-        interrupt (`bool`, *optional*, defaults to `False`): no further steps.
-    """
-
-    guidance_scale: float = 1.0
-    is_conditional: bool = False
-    num_timesteps: int = 0
-    interrupt: bool = False
 
 
 def check_names(id2label: Any) -> dict[int, str]:
@@ -97,7 +81,7 @@ def check_names(id2label: Any) -> dict[int, str]:
     return names
 
 
-class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
+class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPipeline):
     """Pictures of classes or texts from an autoregressive model over continuous tokens (arXiv:2406.11838).
 
     Args:
@@ -220,48 +204,6 @@ class MARPipeline(PromptMixin, StrictPipelineMixin, DiffusionPipeline):
     def generation_defaults(self) -> dict[str, Any]:
         """`generation_settings` by name."""
         return self.generation_settings.to_dict()
-
-    @property
-    def _call(self) -> PipelineCall:
-        """The innermost running call of this thread, else the last one that ended."""
-        running = self._calls.get(get_ident())
-        return running[-1] if running else self._last_call
-
-    @property
-    def guidance_scale(self) -> float:
-        """The guidance scale of the running call; callbacks may change `_guidance_scale`."""
-        return self._call.guidance_scale
-
-    @property
-    def _guidance_scale(self) -> float:
-        return self._call.guidance_scale
-
-    @_guidance_scale.setter
-    def _guidance_scale(self, value: float) -> None:
-        self._call.guidance_scale = value
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the running call is guided, in the steps of its interval."""
-        return self._call.is_conditional and self._call.guidance_scale != 1.0
-
-    @property
-    def num_timesteps(self) -> int:
-        """Autoregressive steps of the last call: as many as calls of the callback."""
-        return self._call.num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the running call was asked to stop: set `_interrupt` in a callback."""
-        return self._call.interrupt
-
-    @property
-    def _interrupt(self) -> bool:
-        return self._call.interrupt
-
-    @_interrupt.setter
-    def _interrupt(self, value: bool) -> None:
-        self._call.interrupt = value
 
     def settings_for(self, **given: Any) -> GenerationSettings:
         """The settings of a call.
