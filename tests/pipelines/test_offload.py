@@ -61,7 +61,7 @@ def test_model_offload_order(pipe, monkeypatch):
     generate(pipe)
     before = [] if pipe.text_encoder is None else ["text_encoder"]  # once, then it makes room
     to_cpu = [("init_hook", name) for name in (*before, "transformer", "vae")]
-    used = [*before, *["transformer"] * 3, "vae"]
+    used = [*before, *["transformer"] * 6, "vae"]  # in each of 3 steps: the backbone, then its head
     assert moves == [*to_cpu, *[("pre_forward", name) for name in used], *to_cpu]
     order = [pipe.components[name] for name in (*before, "transformer", "vae")]
     for part, following in zip(order, order[1:]):
