@@ -222,7 +222,7 @@ def test_a_class_that_may_not_have_been_trained_is_warned_of(warnings):
     assert warnings.records == []
     pipe(0)
     (record,) = warnings.records
-    assert "`class_labels`" in record.message and "trained without any" in record.message
+    assert "`class_labels`" in record.message and "trained without any classes" in record.message
 
 
 # Callbacks
