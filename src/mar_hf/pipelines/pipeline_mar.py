@@ -305,7 +305,7 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
             raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be in {known}, got {wrong!r}.")
         if class_labels is not None and config.num_classes == 1 and not self.config.id2label:
             logger.warning(
-                "`class_labels` of a model with a single class that has no name: it may be trained without any classes."
+                "`class_labels` of a model with one class that has no name: it may be trained without any classes."
             )
         knows_nothing = config.class_dropout_prob == 0 and (config.text_dim is None or config.text_dropout_prob == 0)
         if knows_nothing and settings.guidance_scale != 1 and (class_labels is not None or num_prompts):
