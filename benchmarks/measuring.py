@@ -37,6 +37,7 @@ NO_COMPUTATION = {
     *("aten::resolve_conj", "aten::resolve_neg", "aten::is_nonzero", "aten::item", "aten::_local_scalar_dense"),
 }
 # Sides of the square matrices whose product is the machine's rate.
+SLOW_RATE = 5e9  # operations a second: below it large products are not waited for
 MATMUL_SIZE = 2048
 # The autoencoder of the released models: 16 channels at a 16th of the sides.
 KL16 = {
@@ -298,19 +299,24 @@ def matmul_rate(device: str, dtype: torch.dtype, size: int = MATMUL_SIZE, repeat
     Args:
         device (`str`): where.
         dtype (`torch.dtype`): of the matrices.
-        size (`int`, *optional*, defaults to 2048): of the matrices.
+        size (`int`, *optional*, defaults to 2048): of the matrices; an eighth of it where products take minutes,
+            as in half precision on processors without instructions for it.
         repeats (`int`, *optional*, defaults to 3): timed products after one.
 
     Returns:
         `float`: operations a second.
     """
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(repeats + 1):
-        start = now(device)
-        matrix @ matrix
-        seconds.append(now(device) - start)
-    return 2 * size**3 / median(seconds[1:])
+    for side in (size // 8, size):
+        matrix = torch.ones(side, side, device=device, dtype=dtype)
+        seconds = []
+        for _ in range(repeats + 1):
+            start = now(device)
+            matrix @ matrix
+            seconds.append(now(device) - start)
+        rate = 2 * side**3 / median(seconds[1:])
+        if rate < SLOW_RATE:
+            break
+    return rate
 
 
 class Memory:

@@ -8,6 +8,7 @@ import tempfile
 from contextlib import contextmanager
 
 import pytest
+from hypothesis import settings
 
 from fake_hub import FakeHub
 
@@ -38,6 +39,9 @@ import torch  # noqa: E402  (after OMP_NUM_THREADS)
 
 
 torch.set_num_threads(1)
+# The same examples every time, on machines of any speed.
+settings.register_profile("tests", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("tests")
 
 _refused: list[str] = []
 

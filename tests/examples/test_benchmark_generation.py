@@ -122,6 +122,7 @@ def test_what_the_reference_does_not_know_is_refused(folder):
         generation.build_sides(scenario, reference=True)
 
 
+@pytest.mark.slow
 def test_our_pipeline_can_be_compiled(measure):
     words = ["--sampled-steps", "2", "--repeats", "1", "--compile", '{"backend": "eager"}']
     [record], printed = measure(*words)
@@ -138,6 +139,7 @@ def test_half_precision_has_its_distance_from_float32(measure):
     assert any(line.endswith("in another precision") for line in printed)
 
 
+@pytest.mark.slow
 def test_the_table_of_a_gpu_is_one_command(measure):
     # Some of them compile for CUDA graphs; here the same without a compiler.
     words = ["--device", "cpu", "--repeats", "2", "--compile", '{"backend": "eager"}']

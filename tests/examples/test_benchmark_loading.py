@@ -47,6 +47,7 @@ def test_a_process_that_fails_says_why(tmp_path):
         measure_alone(str(script), ["--only", "ours"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells the peak of the process only")
 def test_the_memory_of_a_process_is_not_that_of_its_parent(tmp_path):
     script = tmp_path / "script.py"

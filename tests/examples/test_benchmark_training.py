@@ -44,6 +44,7 @@ def test_both_steps_are_timed(tmp_path, capsys, latents, resolution, num_tokens,
     assert result["pictures_per_second"]["bare step"] == pytest.approx(2 * accumulated / median(seconds["bare step"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_plain_reference_is_timed_in_turns(tmp_path, capsys, precision):
     config, output = tmp_path / "config.json", tmp_path / "results.jsonl"

@@ -107,6 +107,7 @@ def test_wrong_labels_are_not_recognised(real, tmp_path):
     assert read(tmp_path / "out")["results"][0]["metrics"]["classifier_accuracy"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_measured_once_and_may_grow(real, model, tmp_path):
     first = ["guidance_scale", "1", "3"]
     evaluate.main(arguments(real, tmp_path, model, sweep=first))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The example scripts and the benchmark, run as their users run them, with two steps and a tiny model.
 
-The training commands are those of the README, with settings behind them that make them small.
+The training commands are those of the two READMEs, with settings behind them that make them small.
 """
 
 import csv
@@ -45,6 +45,7 @@ SMALL = {
     ],
     "out/mar": [*TWO_STEPS, *SMALL_MODEL],
 }
+PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md"]
 PROGRAMS = {
     "python": [sys.executable],
     "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
@@ -61,13 +62,14 @@ def run(words, cwd, fails=False):
 
 
 def run_readme(target, cwd):
-    """Run the README's command that writes a folder, made small, and return its output."""
+    """Run the READMEs' command that writes a folder, made small, and return its output."""
     found = [
         words
-        for words in commands(ROOT / "README.md")
+        for page in PAGES
+        for words in commands(page)
         if words[0] in PROGRAMS and words[words.index("--output_dir") + 1 if "--output_dir" in words else 2] == target
     ]
-    assert len(found) == 1, f"the README should write {target} once, it does {len(found)} times"
+    assert len(found) == 1, f"the READMEs should write {target} once, it does {len(found)} times"
     return run([*found[0], *SMALL[target]], cwd)
 
 

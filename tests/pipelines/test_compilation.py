@@ -26,6 +26,7 @@ def latents(pipe, steps, **call):
     return pipe(generator=seeded(3), output_type="latent", token_schedule="cosine", **call).images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backbone, make", [("mar", tiny_pipeline), ("mar", tiny_text_pipeline), ("ar", tiny_pipeline)]
 )
@@ -64,6 +65,7 @@ def test_compiled_again_it_is_compiled_by_the_last_only():
     assert [counter.frame_count > 0 for counter in counters] == [False, True]
 
 
+@pytest.mark.slow
 def test_cuda_graphs_are_left_to_the_head():
     seen = set()
 

@@ -130,6 +130,7 @@ def test_weights_that_come_when_called_need_no_class(backbone, make):
     assert make is tiny_text_pipeline or torch.equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_pipeline, tiny_text_pipeline])
 @pytest.mark.parametrize("backbone", ["mar", "ar"])
 def test_a_compiled_transformer_is_the_one_that_runs(backbone, make):

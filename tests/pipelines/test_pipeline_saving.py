@@ -160,6 +160,7 @@ def test_by_hub_id(hub, pipe, tmp_path):
     assert_same_pipeline(load("org/tiny", cache_dir=tmp_path / "cache", local_files_only=True), pipe)
 
 
+@pytest.mark.slow
 def test_in_a_fresh_process(hub, kl, folder, tmp_path):
     causal, texts = tiny_pipeline(backbone="ar"), tiny_text_pipeline()
     for pipe, name in ((kl, "fresh"), (causal, "causal"), (texts, "texts")):

@@ -16,6 +16,7 @@ def run(*words):
     return subprocess.run(list(map(str, words)), capture_output=True, text=True, env={**os.environ, **settings})
 
 
+@pytest.mark.slow
 def test_options_are_listed():
     done = run(sys.executable, "-m", "mar_hf.training", "text_encoder", "--help")
     assert done.returncode == 0 and "--vocab_size" in done.stdout

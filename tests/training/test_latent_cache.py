@@ -141,6 +141,7 @@ def test_captions_are_left_out(pictures, tokenizer, whole, tmp_path):
         assert torch.equal(row["mean"], expected["mean"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [{}, {"num_workers": 2, "multiprocessing_context": "spawn"}])
 def test_batches_through_workers(whole, workers):
     latents = load_latents(str(whole))

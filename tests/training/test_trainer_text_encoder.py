@@ -129,6 +129,7 @@ def test_few_captions_give_few_pieces(tmp_path):
     assert len(tokenizer) == encoder.config.vocab_size < 20
 
 
+@pytest.mark.slow
 def test_sentencepiece_is_not_needed_for_loading(trained):
     assert sorted(path.name for path in (trained / "tokenizer").iterdir()) == [
         "tokenizer.json",

@@ -200,6 +200,7 @@ def everything(features):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autoencoder", [{}, VQ], ids=["kl", "vq"])
 def test_a_resumed_run_ends_with_the_same_bytes(pictures, features, tmp_path, autoencoder):
     # A restart of unused codes after the interruption looks back to before it.
@@ -355,6 +356,7 @@ def test_codes_and_latents_are_drawn_to_each_other(pictures, tmp_path):
 # The adversarial term
 
 
+@pytest.mark.slow
 def test_the_discriminator_takes_part_from_its_start_on(trained, pictures, tmp_path):
     folder = run(pictures, tmp_path / "run", discriminator_start=2)
     assert len(losses(folder, "discriminator_loss")) == 2
