@@ -141,6 +141,20 @@ def test_a_model_that_was_never_trained_samples_alike_twice():
     assert fresh.training
 
 
+# Quantised layers
+
+
+@pytest.mark.parametrize("backbone", ["mar", "ar"])
+def test_linear_layers_are_given_what_quantised_ones_know(backbone):
+    """At most three dimensions: with more, those of bitsandbytes in 8 bits fail."""
+    pipe, dimensions = tiny_text_pipeline(backbone=backbone), set()
+    for part in pipe.transformer.modules():
+        if isinstance(part, torch.nn.Linear):
+            part.register_forward_pre_hook(lambda module, inputs: dimensions.add(inputs[0].ndim))
+    pipe(1, prompt="a red heart", guidance_scale=3.0)
+    assert dimensions and max(dimensions) <= 3
+
+
 # Names of classes
 
 

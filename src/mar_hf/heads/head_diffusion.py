@@ -409,10 +409,11 @@ class DiffusionHead(TokenHead):
         """What the sum of the time's and the condition's embedding does: shift, 1 + scale and gate of each block, then
         shift and 1 + scale of the output. One after the other, so that the backward pass frees each with its block."""
         activated = nn.functional.silu(time_embedding + embedding).to(embedding.dtype)
+        shape, rows = activated.shape[:-1], activated.flatten(0, -2)  # quantised layers know no more dimensions
         for block in self.blocks:
-            shift, scale, gate = block.modulation(activated).chunk(3, dim=-1)
+            shift, scale, gate = block.modulation(rows).unflatten(0, shape).chunk(3, dim=-1)
             yield from (shift, 1 + scale, gate)
-        shift, scale = self.out_modulation(activated).chunk(2, dim=-1)
+        shift, scale = self.out_modulation(rows).unflatten(0, shape).chunk(2, dim=-1)
         yield from (shift, 1 + scale)
 
     def _denoise(self, noisy_tokens: torch.Tensor, modulations: Iterable[torch.Tensor]) -> torch.Tensor:
