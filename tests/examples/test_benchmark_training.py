@@ -75,7 +75,7 @@ def test_a_process_says_what_memory_one_kind_of_step_takes(tmp_path, capsys, kin
 
 @pytest.mark.parametrize("preset", training.PRESETS)
 def test_presets_are_settings_of_the_training_script(preset):
-    args = training.parse_arguments(training.train.Arguments, ["--output_dir", "out", *training.PRESETS[preset]])
+    args = training.parse_arguments(training.TrainingArguments, ["--output_dir", "out", *training.PRESETS[preset]])
     assert json.loads(args.model_config) == {"preset": "base"} and args.train_batch_size == 8
 
 

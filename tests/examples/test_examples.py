@@ -63,14 +63,14 @@ def run(words, cwd, fails=False):
 
 def run_readme(target, cwd):
     """Run the READMEs' command that writes a folder, made small, and return its output."""
-    found = [
-        words
+    found = {
+        tuple(words)
         for page in PAGES
         for words in commands(page)
         if words[0] in PROGRAMS and words[words.index("--output_dir") + 1 if "--output_dir" in words else 2] == target
-    ]
+    }
     assert len(found) == 1, f"the READMEs should write {target} once, it does {len(found)} times"
-    return run([*found[0], *SMALL[target]], cwd)
+    return run([*found.pop(), *SMALL[target]], cwd)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_train_tokenizer_with_a_variational_autoencoder(workplace, emoji, tmp_pa
 def test_train_refuses_too_few_pictures(workplace, emoji, tmp_path):
     words = ["python", "examples/train.py", "--train_data_dir", emoji, "--output_dir", tmp_path / "out"]
     error = last_line(run([*words, "--train_batch_size", "13"], workplace, fails=True))
-    assert error == "mar_hf.training: 12 examples are fewer than a batch of all processes: 13."
+    assert error == "train.py: error: 12 examples are fewer than a batch of all processes: 13."
     assert not (tmp_path / "out").exists()
 
 
