@@ -3,30 +3,9 @@
 
 import pytest
 import torch
-from torch import nn
 
 from common import seeded
 from mar_hf.training.reconstruction_losses import PatchDiscriminator, PerceptualLoss, as_colours, discriminator_loss
-
-
-@pytest.fixture(scope="module")
-def features(tmp_path_factory):
-    """A TorchScript file of features of two levels."""
-
-    class Features(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 6, 3)
-
-        def forward(self, pictures):
-            hidden = self.first(pictures)
-            return hidden, self.second(hidden.tanh())
-
-    path = tmp_path_factory.mktemp("features") / "features.pt"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        torch.jit.trace(Features(), torch.zeros(1, 3, 8, 8)).save(path)
-    return str(path)
 
 
 @pytest.mark.parametrize("num_layers, side, patches", [(1, 16, 6), (2, 32, 6), (3, 64, 6)])

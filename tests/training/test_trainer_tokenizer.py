@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import nn
 
 from common import seeded
 from example_runs import forget_accelerate
@@ -51,26 +50,6 @@ def write_pictures(folder, count, seed=0):
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures"), 10)
-
-
-@pytest.fixture(scope="module")
-def features(tmp_path_factory):
-    """A TorchScript file of features of two levels."""
-
-    class Features(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 6, 3)
-
-        def forward(self, pictures):
-            hidden = self.first(pictures)
-            return hidden, self.second(hidden.tanh())
-
-    path = tmp_path_factory.mktemp("features") / "features.pt"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        torch.jit.trace(Features(), torch.zeros(1, 3, 8, 8)).save(path)
-    return str(path)
 
 
 def arguments(data, folder, **settings):
