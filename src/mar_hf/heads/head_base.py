@@ -144,6 +144,8 @@ class TokenHead(nn.Module, ABC):
     most_steps: int = 1000
     # Vectors of noise, of `token_dim` numbers, that a step is given; the start has one beside.
     noise_per_step: int = 1
+    # Whether guidance combines conditions before the head, and not what the head predicts from each.
+    guides_condition: bool = False
     # Numbers in a token and in a condition; the constructor sets them.
     token_dim: int
     condition_dim: int | None = None
