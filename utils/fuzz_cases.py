@@ -44,6 +44,7 @@ from mar_hf.cli import main as command  # noqa: E402
 from mar_hf.generation import GenerationSettings, build_settings  # noqa: E402
 from mar_hf.models import BackboneConfig  # noqa: E402
 from mar_hf.models.modeling_backbone import BackboneInputs  # noqa: E402
+from mar_hf.tokenizers import NORMALIZERS  # noqa: E402
 from mar_hf.training import (  # noqa: E402
     ImageTransform,
     TextEncoderTrainingArguments,
@@ -311,7 +312,7 @@ def configuration(rng: Random, world: World) -> Case:
         autoencoder = dict(world.pipeline("kl").vae.config.autoencoder)
         good: dict[str, list] = {
             "autoencoder": [autoencoder, arguments(rng, {name: [] for name in autoencoder}, autoencoder, 2), {}],
-            **{"patch_size": [1, 2, 10**6], "normalizer": ["affine", "token_layer_norm"], "quantize": [True, False]},
+            **{"patch_size": [1, 2, 10**6], "normalizer": [*NORMALIZERS], "quantize": [True, False]},
             **{"shift_factor": [0, [0.0] * 3, [0.0] * 4], "scaling_factor": [0.5, 0, NAN, [1.0] * 3, [0, 1, 1]]},
         }
         given = arguments(rng, good)
@@ -393,7 +394,7 @@ def tokenizer(rng: Random, world: World) -> Case:
             5,
         ]
         good = {"autoencoder": wholes, "patch_size": [1, 2, 0], "scaling_factor": [0.5, 0, [1.0] * 4, [1.0]]}
-        good |= {"shift_factor": [0, [0.0] * 4, [NAN] * 4], "normalizer": ["affine", "x"], "quantize": [True, False]}
+        good |= {"shift_factor": [0, [0.0] * 4, [NAN] * 4], "normalizer": ["sphere", "x"], "quantize": [True, False]}
         given = arguments(rng, good, {"autoencoder": rng.choice(wholes)})
         names, errors = list(good), REFUSALS
         return Case(

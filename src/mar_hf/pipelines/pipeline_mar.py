@@ -40,7 +40,8 @@ from .prompts import PromptMixin
 
 logger = logging.get_logger(__name__)
 
-# Tokens have unit variance; beyond this they are not tokens any more but a sampler that ran away.
+# Tokens have unit variance; beyond this they are not tokens any more but a sampler that ran away. After a projection
+# only numbers that are not finite show it.
 EXPLODED = 20.0
 MOST_PICTURES = 10_000  # of one call: more are asked for by mistake
 
@@ -464,7 +465,8 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
             output_type (`str`, *optional*, defaults to `"pil"`): pil, np, pt (in [0, 1]) or latent (unit-scaled grid).
             return_dict (`bool`, *optional*, defaults to `True`): False gives a tuple.
             callback_on_step_end (`Callable`, *optional*): called after each autoregressive step with the pipeline, the
-                step, the number of tokens done and a dict; `latents` in the dict that it returns replace the picture.
+                step, the number of tokens done and a dict; `latents` in the dict that it returns replace the picture,
+                as they are: none of the tokenizer's normalisers is applied to them.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`): what the dict
                 holds: `latents` (the grid so far, 0 where nothing is yet) and `mask`.
             max_sequence_length (`int`, *optional*): tokens after which a text is cut, with a warning; None means the
@@ -579,6 +581,8 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
                 sampled = (
                     sample_by_detail(sample, given, step) if step.num_detail_tokens else sample(None, sampling=given)
                 )
+                if self.vae.projection is not None:
+                    sampled = self.vae.projection(sampled)
                 tokens = tokens.scatter(1, positions[..., None].expand_as(sampled), sampled)
                 mask = mask.scatter(1, positions, False)
                 if callback is not None:
