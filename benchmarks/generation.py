@@ -40,6 +40,7 @@ from measuring import (
 from plans import Plan, integrate, make_plan, scheduled
 from reports import plot, summary, table
 from scenarios import DEFAULTS, GROUPS, SCENARIOS
+from transformers import PreTrainedModel
 
 import mar_hf
 from mar_hf import MARConfig, MARPipeline, TokenDDPMScheduler
@@ -246,6 +247,23 @@ class PlainSide(Side):
             pipe.image_processor.postprocess(image, output_type="pt")
 
 
+def with_head(transformer: PreTrainedModel, **head: Any) -> PreTrainedModel:
+    """The same backbone, not copied, with another head.
+
+    Args:
+        transformer (`PreTrainedModel`): of a pipeline.
+        head (`Any`): settings of its configuration.
+
+    Returns:
+        `PreTrainedModel`: the head has random weights.
+    """
+    config = type(transformer.config).from_dict({**transformer.config.to_dict(), **head})
+    with torch.device(transformer.device):
+        other = type(transformer)(config).to(transformer.dtype).eval()
+    other.model = transformer.model
+    return other
+
+
 def build_sides(scenario: dict[str, Any], reference: bool) -> dict[str, Side]:
     """What is measured: `"plain"`, where there is a reference, and `"ours"`.
 
@@ -261,6 +279,8 @@ def build_sides(scenario: dict[str, Any], reference: bool) -> dict[str, Side]:
     if dtype != torch.float32:
         for name in ("transformer", "vae"):
             parts[name] = (copy.deepcopy(parts[name]) if reference else parts[name]).to(dtype)
+    if scenario["head"] is not None:
+        parts["transformer"] = with_head(parts["transformer"], **scenario["head"])
     if scenario["scheduler"] is not None:
         settings = dict(scenario["scheduler"])
         name = settings.pop("class")
@@ -357,7 +377,12 @@ def compare(sides: dict[str, Side], latents: dict[str, torch.Tensor], scenario: 
     """
     plain, ours = sides["plain"], sides["ours"]
     same_scheduler = dict(plain.pipe.scheduler.config) == dict(ours.pipe.scheduler.config)
-    if plain.settings != ours.settings or not (same_scheduler and isinstance(ours.pipe.scheduler, TokenDDPMScheduler)):
+    same_head = plain.pipe.transformer.config.head_type == ours.pipe.transformer.config.head_type
+    if (
+        plain.settings != ours.settings
+        or not same_head
+        or not (same_scheduler and isinstance(ours.pipe.scheduler, TokenDDPMScheduler))
+    ):
         return {"equal": False}
     expected, found = latents["plain"], {"ours": latents["ours"]}
     if plain.autocast:
