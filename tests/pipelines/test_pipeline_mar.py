@@ -369,6 +369,8 @@ def test_the_signature_is_the_documented_one():
         "head_kwargs": None,
         "guidance_interval": None,
         "guidance_refresh": None,
+        "decoding": None,
+        "detail_share": None,
         "prompt_embeds": None,
         "prompt_attention_mask": None,
         "negative_prompt_embeds": None,
@@ -518,6 +520,7 @@ def test_without_defaults_of_its_own_a_pipeline_has_the_papers():
         "head_kwargs": None,
         "guidance_interval": (0.0, 1.0),
         "guidance_refresh": 1,
+        "detail_share": 0.0,
     }
     assert tiny_pipeline(generation_defaults=None).generation_defaults["num_inference_steps"] == TOKENS
 

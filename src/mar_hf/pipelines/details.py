@@ -36,7 +36,7 @@ def sample_by_detail(
     Returns:
         `torch.Tensor` of shape `(batch, count, token_dim)`: float32, in the order of the conditions.
     """
-    ranked = detail_scores(sampling["condition"]).argsort(1, descending=True, stable=True)
+    ranked = detail_scores(sampling["condition"]).argsort(dim=1, descending=True, stable=True)
     rows, sampled = torch.arange(len(ranked), device=ranked.device)[:, None], []
     by_token = [name for name in ("condition", "negative_condition", "noise") if sampling[name] is not None]
     parts = ranked.split([step.num_detail_tokens, step.count - step.num_detail_tokens], 1)
