@@ -280,7 +280,7 @@ def test_it_does_not_matter_how_many_steps_are_computed_ahead(ahead, scheduler, 
     call = {"negative_condition": negative, "guidance_scale": 2.0, "scheduler": scheduler, "num_steps": 8}
     expected = head.sample(condition=condition, noise=noise, **call)
     # 2 x 2 x 3 rows, 8 parts of width 32, 4 bytes a number
-    monkeypatch.setattr("mar_hf.heads.head_diffusion.MODULATION_BYTES", ahead * 12 * 8 * 32 * 4)
+    monkeypatch.setattr("mar_hf.heads.modulation.MODULATION_BYTES", ahead * 12 * 8 * 32 * 4)
     assert relative_error(head.sample(condition=condition, noise=noise, **call), expected) < 1e-5
 
 
@@ -311,7 +311,7 @@ def test_refreshed_guidance_keeps_what_the_condition_changes(refresh, scheduler,
     head.token_proj.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
     # Modulations of one step at a time, and of all: the same up to rounding.
     for bound in (1, 2**24):
-        monkeypatch.setattr("mar_hf.heads.head_diffusion.MODULATION_BYTES", bound)
+        monkeypatch.setattr("mar_hf.heads.modulation.MODULATION_BYTES", bound)
         found.append(head.sample(**settings, scheduler=scheduler, noise=noise, guidance_refresh=refresh))
     assert rows == 2 * [2 if step % refresh else 4 for step in range(steps)]
     scheduler.set_timesteps(steps)

@@ -58,11 +58,13 @@ def use_scheduler(pipeline: MARPipeline, name: str) -> None:
         name (`str`): of the class.
 
     Raises:
-        ValueError: if diffusers has no such scheduler.
+        ValueError: if diffusers has no such scheduler, or the model's head needs none.
     """
     scheduler = getattr(diffusers, name, None) if str(name).endswith("Scheduler") else None
     if scheduler is None:
         raise ValueError(f"`scheduler` has to be one of diffusers, such as DPMSolverMultistepScheduler, got {name!r}.")
+    if pipeline.transformer.head.scheduler_class is None:
+        raise ValueError(f"`scheduler` has to be left out, got {name!r}: the head of this model needs none.")
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
 
 
@@ -247,7 +249,7 @@ def generate(
     settings = {
         **(note or {}),
         "weights": weights_digest(pipeline),
-        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler": None if pipeline.scheduler is None else type(pipeline.scheduler).__name__,
         "classes": list(folders.values()),
         **{"num_images_per_class": num_images_per_class, "batch_size": batch_size, "seed": seed},
         "dtype": str(pipeline.dtype).removeprefix("torch."),

@@ -203,7 +203,7 @@ class GenerationPlan:
             tokens of a step are `orders[:, start : start + count]`.
         tokens (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): what is known at the start, else 0.
         mask (`torch.Tensor` of shape `(batch, num_tokens)`): bool, True where a token is to be generated.
-        noise (`torch.Tensor` of shape `(batch, num_tokens, num_diffusion_steps + 1, token_dim)`): of the head.
+        noise (`torch.Tensor` of shape `(batch, num_tokens, noise_entries, token_dim)`): of the head.
         context_noise (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`, *optional*): mixed into what the
             backbone sees.
     """
@@ -257,6 +257,7 @@ def plan_generation(
     generators: list[torch.Generator],
     noise: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
+    noise_entries: int | None = None,
 ) -> GenerationPlan:
     """The plan of a call, with all of its randomness: each picture draws its order, then its noise.
 
@@ -268,12 +269,14 @@ def plan_generation(
         noise (`torch.Tensor`, *optional*): the noise itself, of the plan's shape: none is drawn then.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where the plan is needed. What is drawn
             depends on where the generators live, not on this.
+        noise_entries (`int`, *optional*): vectors of noise for each token; None: one for the start and one for each
+            head step.
 
     Returns:
         [`GenerationPlan`]: with the noise of the context, which is drawn last, where there is to be some.
     """
     height, width, token_dim = config.grid_height, config.grid_width, config.token_dim
-    num_tokens, entries = height * width, settings.num_diffusion_steps + 1
+    num_tokens, entries = height * width, noise_entries or settings.num_diffusion_steps + 1
     given = isinstance(settings.generation_order, torch.Tensor)
     orders, noises, contexts = [], [], []
     for source in generators:

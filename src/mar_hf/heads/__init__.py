@@ -4,8 +4,9 @@
 from .head_base import TokenHead
 from .head_categorical import CategoricalHead
 from .head_diffusion import DiffusionHead
+from .modulation import ModulatedHead
 
 
 TOKEN_HEADS: dict[str, type[TokenHead]] = {"categorical": CategoricalHead, "diffusion": DiffusionHead}
 
-__all__ = ["TOKEN_HEADS", "CategoricalHead", "DiffusionHead", "TokenHead"]
+__all__ = ["TOKEN_HEADS", "CategoricalHead", "DiffusionHead", "ModulatedHead", "TokenHead"]

@@ -107,7 +107,7 @@ class SamplingSettings(TypedDict):
     """What `draw` of every head is given beside conditions."""
 
     guidance_scale: float
-    scheduler: SchedulerMixin
+    scheduler: SchedulerMixin | None
     num_steps: int
     temperature: float
     noise: torch.Tensor | None
@@ -117,7 +117,7 @@ class SamplingSettings(TypedDict):
 class LossSettings(TypedDict):
     """What `masked_loss` of every head is given beside conditions and tokens."""
 
-    scheduler: SchedulerMixin
+    scheduler: SchedulerMixin | None
     timesteps: torch.Tensor | None
     noise: torch.Tensor | None
     num_masked: int | None
@@ -137,8 +137,13 @@ class TokenHead(nn.Module, ABC):
     sampling_defaults: dict[str, object] = {}
     # Whether `set_tokenizer` reads the tokenizer's weights.
     uses_codebook: bool = False
-    # Whether sampling runs through the steps of a scheduler, each of which takes noise.
+    # What runs the steps: training makes one, and pipelines need one. None: the head needs none and reads none.
+    scheduler_class: type[SchedulerMixin] | None = None
+    # Whether sampling runs through steps, and the most of them where no scheduler limits them.
     has_steps: bool = True
+    most_steps: int = 1000
+    # Vectors of noise, of `token_dim` numbers, that a step is given; the start has one beside.
+    noise_per_step: int = 1
     # Numbers in a token and in a condition; the constructor sets them.
     token_dim: int
     condition_dim: int | None = None
@@ -172,6 +177,17 @@ class TokenHead(nn.Module, ABC):
         check_number("layer_norm_eps", layer_norm_eps, 1e-12, 1)
         self.token_dim, self.condition_dim = token_dim, condition_dim
 
+    def noise_entries(self, num_steps: int) -> int:
+        """How many vectors of noise a token takes.
+
+        Args:
+            num_steps (`int`): sampler steps.
+
+        Returns:
+            `int`: one for the start, then `noise_per_step` for each step; without steps, for one.
+        """
+        return 1 + self.noise_per_step * (num_steps if self.has_steps else 1)
+
     def set_tokenizer(self, tokenizer: ImageTokenizer) -> None:
         """Take over what the head has to know of the tokens, before training. Most heads need nothing.
 
@@ -198,11 +214,11 @@ class TokenHead(nn.Module, ABC):
         """
 
     @abstractmethod
-    def check_scheduler(self, scheduler: SchedulerMixin, temperature: float = 1.0, **head_kwargs: Any) -> None:
+    def check_scheduler(self, scheduler: SchedulerMixin | None, temperature: float = 1.0, **head_kwargs: Any) -> None:
         """Refuse a scheduler, or settings of `sample`, that this head can't work with.
 
         Args:
-            scheduler (`SchedulerMixin`): the candidate.
+            scheduler (`SchedulerMixin`, *optional*): the candidate.
             temperature (`float`, *optional*, defaults to 1.0): the temperature that it will be asked for.
             head_kwargs (`Any`): settings that only this kind of head has.
 
@@ -216,7 +232,7 @@ class TokenHead(nn.Module, ABC):
         condition: torch.Tensor,
         target: torch.Tensor,
         mask: torch.Tensor,
-        scheduler: SchedulerMixin,
+        scheduler: SchedulerMixin | None = None,
         timesteps: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         num_masked: int | None = None,
@@ -228,9 +244,9 @@ class TokenHead(nn.Module, ABC):
             condition (`torch.Tensor` of shape `(batch, num_tokens, condition_dim)`): the backbone's output.
             target (`torch.Tensor` of shape `(batch, num_tokens, token_dim)`): the true tokens.
             mask (`torch.Tensor` of shape `(batch, num_tokens)`): bool, True for tokens that count.
-            scheduler (`SchedulerMixin`): the noise schedule, for heads that have one.
-            timesteps (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens,)`, *optional*): int64, whole
-                batch after whole batch; drawn uniformly where not given.
+            scheduler (`SchedulerMixin`, *optional*): the noise schedule, for heads that have one.
+            timesteps (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens,)`, *optional*): of the noise,
+                as the head counts them, whole batch after whole batch; drawn where not given.
             noise (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens, token_dim)`, *optional*): likewise.
             num_masked (`int`, *optional*): masked tokens in every row, where the caller knows it: saves waiting for
                 the device.
@@ -287,7 +303,7 @@ class TokenHead(nn.Module, ABC):
         condition: torch.Tensor,
         negative_condition: torch.Tensor | None = None,
         guidance_scale: float = 1.0,
-        scheduler: SchedulerMixin,
+        scheduler: SchedulerMixin | None = None,
         num_steps: int,
         temperature: float = 1.0,
         noise: torch.Tensor | None = None,
@@ -301,12 +317,11 @@ class TokenHead(nn.Module, ABC):
                 positions wanted.
             negative_condition (`torch.Tensor` of the same shape, *optional*): without the class, for guidance.
             guidance_scale (`float`, *optional*, defaults to 1.0): 1.0 means no guidance.
-            scheduler (`SchedulerMixin`): the sampler, for heads that have one.
+            scheduler (`SchedulerMixin`, *optional*): the sampler, for heads that have one.
             num_steps (`int`): sampler steps.
             temperature (`float`, *optional*, defaults to 1.0): below 1.0, samples vary less.
             noise (`torch.Tensor` of shape `(batch, num_tokens, entries, token_dim)`, *optional*): standard normal.
-                Entry 0 is the start, entry 1 + s is injected at step s, so there are at least `num_steps + 1`; a head
-                without steps takes the first.
+                Entry 0 is the start, entry 1 + s is injected at step s; at least `noise_entries(num_steps)`.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for the noise, where none is given.
             head_kwargs (`Any`): settings that only this kind of head has, see its `draw`.
 
@@ -324,7 +339,9 @@ class TokenHead(nn.Module, ABC):
             raise ValueError(f"`num_steps` has to be an integer, got {num_steps!r}.")
         check_number("temperature", temperature, -1e4, 1e4)  # each head has its own range
         self.check_scheduler(scheduler, temperature, **head_kwargs)
-        most = getattr(scheduler, "config", {}).get("num_train_timesteps", num_steps) if self.has_steps else num_steps
+        most = self.most_steps
+        if self.scheduler_class is not None:
+            most = getattr(scheduler, "config", {}).get("num_train_timesteps", num_steps)
         if not 1 <= num_steps <= most:
             raise ValueError(
                 f"`num_steps`, the scheduler's `num_inference_steps` has to lie in 1..{most}, got {num_steps}."
@@ -343,7 +360,7 @@ class TokenHead(nn.Module, ABC):
                 f"{tuple(negative_condition.shape)}."
             )
         check_generator(generator, len(condition))
-        entries = num_steps + 1 if self.has_steps else 1
+        entries = self.noise_entries(num_steps)
         expected = (*condition.shape[:2], entries, self.token_dim)
         if noise is not None:
             fits = noise.ndim == 4 and noise.shape[2] >= entries

@@ -53,6 +53,7 @@ class CategoricalHead(TokenHead):
     sampling_defaults = {"num_diffusion_steps": 1}
     uses_codebook = True
     has_steps = False
+    noise_per_step = 0
 
     def __init__(
         self,
@@ -67,7 +68,6 @@ class CategoricalHead(TokenHead):
         super().__init__()
         self.check_sizes(token_dim, condition_dim, num_layers, hidden_size, batch_multiplier, layer_norm_eps)
         check_count("num_codes", num_codes, 1, 2**24)
-        self.token_dim = token_dim
         self.num_codes = num_codes
         self.register_buffer("codebook", torch.zeros(num_codes, token_dim))
         self.mlp = nn.Sequential()
@@ -122,11 +122,11 @@ class CategoricalHead(TokenHead):
         """
         return self.out_proj(self.mlp(as_computed(condition, self.out_proj))).float()
 
-    def check_scheduler(self, scheduler: SchedulerMixin, temperature: float = 1.0, **head_kwargs: Any) -> None:
+    def check_scheduler(self, scheduler: SchedulerMixin | None, temperature: float = 1.0, **head_kwargs: Any) -> None:
         """Refuse settings of `sample` that can't be. Any scheduler will do: none is used.
 
         Args:
-            scheduler (`SchedulerMixin`): any.
+            scheduler (`SchedulerMixin`, *optional*): any.
             temperature (`float`, *optional*, defaults to 1.0): at least 0.
             head_kwargs (`Any`): `top_k` and `top_p`, see `draw`.
 

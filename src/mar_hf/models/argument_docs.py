@@ -13,7 +13,8 @@ ARGUMENTS = {
     "generator": f"{GENERATOR}: for what is drawn in training: one, or one per image; None means torch's global one.",
     "noise": "(`torch.Tensor` of shape `(head_batch_multiplier * batch * num_tokens, token_dim)`, *optional*): of the "
     "loss.",
-    "noise_scheduler": "([`TokenDDPMScheduler`], *optional*): the noise schedule of the loss.",
+    "noise_scheduler": "(`SchedulerMixin`, *optional*): the noise schedule of the loss, of the head's "
+    "`scheduler_class`.",
     "orders": "(`torch.Tensor` of shape `(batch, num_tokens)`): int64, positions in the order of generation.",
     "output_attentions": "(`bool`, *optional*): also gives `attentions`; takes the attention implementation "
     '`"eager"`. None means what the configuration says.',
@@ -24,6 +25,8 @@ ARGUMENTS = {
     "prompt_embeds": "(`torch.Tensor` of shape `(batch, length, text_dim)`, *optional*): the text encoder's states, "
     "for models with a `text_dim`; None means the null text.",
     "return_dict": "(`bool`, *optional*): False gives a tuple. None means what the configuration says.",
+    "return_loss": "(`bool`, *optional*): also gives `loss`, which most heads need a `noise_scheduler` for. None: if "
+    "there is one.",
     "sampling": "(`dict`, *optional*): arguments of the head's `draw`: its tokens are returned, nothing else is read. "
     "What needs weights comes by `forward`: offloading and sharding hang on it and see nothing else.",
     "static": "(`bool`, *optional*, defaults to `False`): of a fixed size from the start.",

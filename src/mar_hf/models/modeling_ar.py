@@ -364,10 +364,11 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
         past_key_values: Cache | None = None,
         *,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        return_loss: bool | None = None,
         sampling: dict[str, Any] | None = None,
         **inputs: Unpack[BackboneInputs],
     ) -> BackboneOutput | tuple[torch.Tensor, ...] | torch.Tensor:
-        """Condition vectors, and the training loss where a noise scheduler is given.
+        """Condition vectors, and the training loss where it is asked for.
 
         What is random and not given is drawn from `generator` in this order: tokens per step (where there may be
         several), orders, context noise, text dropout, class dropout, timesteps, noise. With one generator per image,
@@ -383,11 +384,11 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
             tokens_per_step (`list[int]`, *optional*): tokens of each step up to the one wanted; None means one each.
                 In training it is drawn where neither it nor `orders` is given.
             past_key_values (`Cache`, *optional*): keys and values of earlier steps; see [`ARModel`].
-            {generator, sampling, prompt_embeds, prompt_attention_mask, text_context, return_dict}
+            {generator, return_loss, sampling, prompt_embeds, prompt_attention_mask, text_context, return_dict}
             {output_hidden_states, output_attentions}
 
         Returns:
-            [`BackboneOutput`]: `loss` (with a scheduler), `condition`: see [`ARModel`].
+            [`BackboneOutput`]: `loss` (if asked for), `condition`: see [`ARModel`].
 
         Raises:
             ValueError: if a shape, a label, the number of generators or the tokens per step do not fit, or a loss is
@@ -395,6 +396,8 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
         """
         if sampling is not None:
             return self.head.draw(**sampling)
+        if return_loss is None:
+            return_loss = noise_scheduler is not None
         self._check_inputs(tokens, mask, generator, orders)
         if self.training and orders is None and tokens_per_step is None:
             drawn = self.training_inputs(len(tokens), generator)
@@ -409,7 +412,7 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
         seen = self.draw_context(tokens, generator) if self.training else tokens
         inputs |= {"past_key_values": past_key_values, "generator": generator}
         output = self.model(seen, orders, tokens_per_step, class_labels, **inputs, return_dict=True)
-        if noise_scheduler is not None:
+        if return_loss:
             if output.condition.shape[1] != self.config.num_tokens:
                 raise ValueError(f"`tokens_per_step` has to cover all tokens for a loss, got {tokens_per_step}.")
             draws = {"timesteps": timesteps, "noise": noise, "generator": generator}

@@ -218,10 +218,11 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
         *,
         generator: torch.Generator | list[torch.Generator] | None = None,
         positions: torch.Tensor | None = None,
+        return_loss: bool | None = None,
         sampling: dict[str, Any] | None = None,
         **inputs: Unpack[BackboneInputs],
     ) -> BackboneOutput | tuple[torch.Tensor, ...] | torch.Tensor:
-        """Condition vectors, and the training loss where a noise scheduler is given.
+        """Condition vectors, and the training loss where it is asked for.
 
         What is random and not given is drawn from `generator` in this order: number of masked tokens, their
         positions, context noise, text dropout, class dropout, timesteps, noise. With one generator per image, what is
@@ -236,22 +237,24 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
                 one to be drawn, where it is not left to the generator.
             {generator}
             positions (`torch.Tensor` of shape `(batch, count)`, *optional*): int64, where a condition is wanted; not
-                with a scheduler, since the loss needs all. None: everywhere.
-            {sampling}
+                with a loss, which needs all. None: everywhere.
+            {return_loss, sampling}
             {prompt_embeds, prompt_attention_mask, text_context, return_dict}
             {output_hidden_states, output_attentions}
 
         Returns:
-            [`BackboneOutput`]: `loss` (with a scheduler), `condition`, `encoder_last_hidden_state`.
+            [`BackboneOutput`]: `loss` (if asked for), `condition`, `encoder_last_hidden_state`.
 
         Raises:
             ValueError: if a shape, a label or the number of generators does not fit, in eval mode without a mask,
-                with both `positions` and a scheduler, or with a list of generators and neither `mask` nor
+                with both `positions` and a loss, or with a list of generators and neither `mask` nor
                 `num_masked`: the batch has one number of masked tokens.
         """
         if sampling is not None:
             return self.head.draw(**sampling)
-        if positions is not None and noise_scheduler is not None:
+        if return_loss is None:
+            return_loss = noise_scheduler is not None
+        if positions is not None and return_loss:
             raise ValueError("`positions` does not go with `noise_scheduler`: the loss needs all conditions.")
         if mask is None:
             check_inputs(tokens, None, self.config.num_tokens, self.config.token_dim, positions, num_masked)
@@ -264,7 +267,7 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
         seen = self.draw_context(tokens, generator) if self.training else tokens
         inputs |= {"positions": positions, "generator": generator}
         output = self.model(seen, mask, class_labels, num_masked, **inputs, return_dict=True)
-        if noise_scheduler is not None:
+        if return_loss:
             draws = {"timesteps": timesteps, "noise": noise, "num_masked": num_masked, "generator": generator}
             output = self.with_loss(output, tokens, mask, scheduler=noise_scheduler, **draws)
         return output.to_tuple() if return_dict is False else output

@@ -87,8 +87,8 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
     Args:
         transformer ([`MARForImageGeneration`] or [`ARForImageGeneration`]): the backbone with its token head.
         vae ([`ImageTokenizer`]): tokens to pictures; the slot keeps diffusers' name.
-        scheduler (`SchedulerMixin`): runs the head: [`TokenDDPMScheduler`], or a diffusers scheduler made with
-            `X.from_config(pipe.scheduler.config)`.
+        scheduler (`SchedulerMixin`, *optional*): runs the head: one of its `scheduler_class`, or a diffusers scheduler
+            made with `X.from_config(pipe.scheduler.config)`; a head without such a class needs none.
         text_encoder (`PreTrainedModel`, *optional*): for models that take texts: any encoder of transformers whose
             `last_hidden_state` is as wide as the `text_dim` of the transformer: T5, CLIP, BERT, ... Without one,
             texts are given as `prompt_embeds`.
@@ -104,14 +104,14 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ["text_encoder", "tokenizer"]
+    _optional_components = ["scheduler", "text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["latents", "mask"]
 
     def __init__(
         self,
         transformer: MARForImageGeneration | ARForImageGeneration,
         vae: ImageTokenizer,
-        scheduler: SchedulerMixin,
+        scheduler: SchedulerMixin | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         id2label: dict | None = None,
@@ -218,10 +218,13 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
             ValueError: if one does not exist or is out of its range, where it says so of a default, or the pipeline
                 lacks a component.
         """
-        if missing := [name for name in ("transformer", "vae", "scheduler") if getattr(self, name) is None]:
+        missing = [name for name in ("transformer", "vae") if getattr(self, name) is None]
+        if self.scheduler is None and (missing or self.transformer.head.scheduler_class is not None):
+            missing.append("scheduler")
+        if missing:
             raise ValueError(f"This pipeline has no {missing}, without which it makes no pictures.")
-        config, defaults = self.transformer.config, self.generation_settings
-        most = self.scheduler.config.num_train_timesteps
+        config, head, defaults = self.transformer.config, self.transformer.head, self.generation_settings
+        most = head.most_steps if head.scheduler_class is None else self.scheduler.config.num_train_timesteps
         limits = {"num_inference_steps": config.grid_height * config.grid_width, "num_diffusion_steps": most}
         given = {name: value for name, value in given.items() if value is not None}
         if not given.keys() <= GENERATION_DEFAULTS.keys():
@@ -282,7 +285,7 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
             raise ValueError(f"`generator` has to be a torch.Generator or a list of them, got {generator!r}.")
         if len(sources) != len(labels):
             raise ValueError(f"`generator` has to hold one generator per picture ({len(labels)}), got {len(sources)}.")
-        entries = settings.num_diffusion_steps + 1
+        entries = self.transformer.head.noise_entries(settings.num_diffusion_steps)
         shape = (len(labels), config.grid_height * config.grid_width, entries, config.token_dim)
         if noise is not None and (not isinstance(noise, torch.Tensor) or noise.shape != shape):
             got = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
@@ -413,7 +416,8 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
                 has one per picture, which then does not depend on the others. None means a new one from the system's
                 entropy.
             noise (`torch.Tensor` of shape `(batch, num_tokens, num_diffusion_steps + 1, token_dim)`, *optional*):
-                entry 0 starts the head for the token at that position, entry 1 + s is injected at its step s.
+                entry 0 starts the head for the token at that position, entry 1 + s is injected at its step s. Heads
+                without such steps take other numbers of entries: `transformer.head.noise_entries`.
             context_noise (`float`, *optional*): share of noise mixed into the tokens that the backbone sees, for
                 models trained with some; 0.0 means none.
             head_kwargs (`dict`, *optional*): further arguments of the head's `sample`: `top_k` and `top_p` of a
@@ -492,7 +496,8 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
                 generator = torch.Generator()
                 generator.seed()
             sources = generator if isinstance(generator, list) else [generator] * batch_size
-            plan = plan_generation(settings, config, steps, sources, noise, device)
+            entries = self.transformer.head.noise_entries(settings.num_diffusion_steps)
+            plan = plan_generation(settings, config, steps, sources, noise, device, entries)
 
             # 3. Autoregressive loop, 4. decode
             numbers = None if labels[0] is None else torch.tensor(labels, device=device)

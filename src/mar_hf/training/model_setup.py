@@ -9,10 +9,12 @@ import warnings
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..generation import TOKEN_SCHEDULES
+from ..heads import TokenHead
 from ..models import BACKBONES, MARConfig, check_text_encoder
 from ..pipelines import MARPipeline
 from ..schedulers import TokenDDPMScheduler
@@ -302,8 +304,25 @@ def build_model(
     return model_class(config_class.preset(preset, **sizes, head_config=head_config, **settings))
 
 
+def gets_another_head(args: TrainingArguments) -> bool:
+    """Whether a pipeline is fine-tuned with a head of another type, of which only the backbone is kept.
+
+    Args:
+        args (`TrainingArguments`): settings.
+
+    Returns:
+        `bool`.
+    """
+    source, head_type = args.pretrained_model_name_or_path, json.loads(args.model_config).get("head_type")
+    if source is None or head_type is None:
+        return False
+    return PreTrainedConfig.get_config_dict(source, subfolder="transformer")[0].get("head_type") != head_type
+
+
 def fine_tuned_model(args: TrainingArguments, settings: dict, names: list[str] | None) -> PreTrainedModel:
     """The model of a pipeline, with a class table for the new classes: those of the same name and no class stay.
+
+    If the settings ask for another head, it starts anew on the pipeline's backbone.
 
     Args:
         args (`TrainingArguments`): settings.
@@ -318,9 +337,15 @@ def fine_tuned_model(args: TrainingArguments, settings: dict, names: list[str] |
     classes = {model_class.__name__: model_class for _, _, model_class in BACKBONES.values()}
     model_class = look_up(classes, index["transformer"][1], "transformer")
     config = model_class.config_class.from_pretrained(source, subfolder="transformer")
+    if gets_another_head(args):
+        settings = {"head_config": {}, **settings}
     # Made anew, so that changed settings are checked.
-    config = type(config).from_dict({**config.to_dict(), **settings})
-    model = load_weights(model_class, source, config)
+    changed = type(config).from_dict({**config.to_dict(), **settings})
+    if (changed.head_type, changed.head_config) == (config.head_type, config.head_config):
+        model = load_weights(model_class, source, changed)
+    else:
+        model = model_class(changed)
+        model.model = load_weights(model_class.backbone_class, source, changed)
     old = {name: int(number) for number, name in (index.get("id2label") or {}).items()}
     num_classes = count_classes(names, config.to_dict())
     same = not names or not old or all(old.get(name) == number for number, name in enumerate(names))
@@ -416,21 +441,32 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def build_noise_scheduler(args: TrainingArguments) -> TokenDDPMScheduler:
+def build_noise_scheduler(args: TrainingArguments, head: TokenHead) -> SchedulerMixin | None:
     """The noise schedule of the loss, and the sampler that is saved.
 
     Args:
         args (`TrainingArguments`): settings.
+        head ([`TokenHead`]): of the model.
 
     Returns:
-        `TokenDDPMScheduler`.
+        `SchedulerMixin`, *optional*: of the head's class, with the settings of the pipeline that is fine-tuned if that
+        has such a one; None where the head needs none.
+
+    Raises:
+        ValueError: if `max_timestep` is given for another scheduler than [`TokenDDPMScheduler`].
     """
+    kind, source = head.scheduler_class, args.pretrained_model_name_or_path
+    if kind is not TokenDDPMScheduler and args.max_timestep is not None:
+        raise ValueError(f"`max_timestep` has to be left out: {type(head).__name__} has no such sampler.")
+    if kind is None:
+        return None
     settings = {}
-    if args.pretrained_model_name_or_path is not None:
-        settings = TokenDDPMScheduler.load_config(args.pretrained_model_name_or_path, subfolder="scheduler")
-    # Young models need the first steps of the sampler left out.
-    settings["max_timestep"] = args.max_timestep or settings.get("max_timestep", 950)
-    return TokenDDPMScheduler.from_config(settings)
+    if source is not None and MARPipeline.load_config(source)["scheduler"][1] in {kind.__name__, *kind._compatibles}:
+        settings = kind.load_config(source, subfolder="scheduler")
+    if kind is TokenDDPMScheduler:
+        # Young models need the first steps of the sampler left out.
+        settings["max_timestep"] = args.max_timestep or settings.get("max_timestep", 950)
+    return kind.from_config(settings)
 
 
 def can_be_guided(config: PreTrainedConfig, names: list[str] | None) -> bool:
@@ -467,8 +503,10 @@ def build_generation_defaults(
     defaults = {}
     if args.pretrained_model_name_or_path is not None:
         defaults = dict(MARPipeline.load_config(args.pretrained_model_name_or_path)["generation_defaults"] or {})
-        if "order" in json.loads(args.model_config):
-            defaults.pop("generation_order", None)
+        of_model = {"generation_order"} if "order" in json.loads(args.model_config) else set()
+        if gets_another_head(args):
+            of_model |= {"num_diffusion_steps", "head_step_schedule", "temperature", "head_kwargs"}
+        defaults = {name: value for name, value in defaults.items() if name not in of_model}
     elif args.generation_defaults is None:
         defaults = {"num_inference_steps": 32, "num_diffusion_steps": 50, "guidance_scale": 3.0}
         # What follows from the model need not be saved.

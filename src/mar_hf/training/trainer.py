@@ -85,7 +85,7 @@ class Trainer(BaseTrainer):
         set_seed(args.seed)
         self.load_data()
         model = self.build_model()
-        self.noise_scheduler = build_noise_scheduler(args)
+        self.noise_scheduler = build_noise_scheduler(args, self.bare_model.head)
         self.prepare(model)
         # Dropout draws from the global state; processes need not drop the same.
         set_seed(args.seed, device_specific=True)
@@ -218,6 +218,7 @@ class Trainer(BaseTrainer):
             tokens,
             class_labels=labels if self.names else None,
             noise_scheduler=self.noise_scheduler,
+            return_loss=True,
             generator=generators,
             **self.text_inputs(batch, device),
             **draw_inputs(self.args, self.bare_model, generators, batch_number, device, rank, progress),
@@ -331,6 +332,7 @@ class Trainer(BaseTrainer):
                 tokens,
                 class_labels=labels if self.names else None,
                 noise_scheduler=self.noise_scheduler,
+                return_loss=True,
                 generator=generators,
                 **self.text_inputs(batch, model.device),
                 **draw_inputs(args, model, generators, first, model.device),
