@@ -48,6 +48,7 @@ from mar_hf.generation import (
     HEAD_STEP_SCHEDULES,
     TOKEN_SCHEDULES,
     GenerationSettings,
+    expand_decoding,
     plan_generation,
 )
 
@@ -56,8 +57,9 @@ from mar_hf.generation import (
 COUNTED_STEPS = 5
 # Head steps whose kernels are counted.
 COUNTED_HEAD_STEPS = 8
-# Settings with which the costs of a step depend on the steps before it, unless they have these values.
-STEP_BY_STEP = {"guidance_interval": (0.0, 1.0), "guidance_refresh": 1}
+# Settings with which the costs of a step depend on the steps before it, or its head's on more than the number of its
+# head steps, unless they have these values.
+STEP_BY_STEP = {"guidance_interval": (0.0, 1.0), "guidance_refresh": 1, "detail_share": 0.0}
 # Settings that the plain reference does not have, likewise.
 OURS_ONLY = {**STEP_BY_STEP, "context_noise": 0.0, "head_kwargs": None}
 SETTINGS = ("num_inference_steps", "num_diffusion_steps", "guidance_scale")
@@ -143,7 +145,7 @@ class Side:
 
     def __init__(self, pipe: MARPipeline, scenario: dict[str, Any], settings: dict[str, Any]):
         self.pipe, self.device, self.batch_size = pipe, scenario["device"], scenario["batch_size"]
-        self.settings = {**pipe.generation_defaults, **settings}
+        self.settings = {**pipe.generation_defaults, **expand_decoding(settings)}
         self.dtype = DTYPES[scenario["dtype"]]
         self.plan, self.counted_plan = (
             self.make_plan(count) for count in (scenario["sampled_steps"], scenario["sampled_steps"] or COUNTED_STEPS)
@@ -155,7 +157,7 @@ class Side:
             count = None
         steps, head_steps = self.settings["num_inference_steps"], self.settings["num_diffusion_steps"]
         tokens = TOKEN_SCHEDULES[self.settings["token_schedule"]](self.pipe.transformer.config.num_tokens, steps)
-        return make_plan(tokens, HEAD_STEP_SCHEDULES[self.settings["head_step_schedule"]](head_steps, steps), count)
+        return make_plan(tokens, HEAD_STEP_SCHEDULES[self.settings["head_step_schedule"]](head_steps, tokens), count)
 
     def changed(self, usual: dict[str, Any]) -> list[str]:
         """Names of the settings that do not have their usual values. Lists are what JSON makes of tuples."""

@@ -24,6 +24,7 @@ FROZEN_PATHS = {
     "MARForImageGeneration": "mar_hf.models.modeling_mar",
     "DiffusionHead": "mar_hf.heads.head_diffusion",
     "TokenDDPMScheduler": "mar_hf.schedulers.scheduling_token_ddpm",
+    "TokenFlowScheduler": "mar_hf.schedulers.scheduling_token_flow",
     "ImageTokenizerConfig": "mar_hf.tokenizers.configuration_image_tokenizer",
     "ImageTokenizer": "mar_hf.tokenizers.modeling_image_tokenizer",
     "MARPipeline": "mar_hf.pipelines.pipeline_mar",

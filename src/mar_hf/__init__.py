@@ -23,7 +23,7 @@ from .models import (
     MARModel,
 )
 from .pipelines import MARPipeline
-from .schedulers import TokenDDPMScheduler
+from .schedulers import TokenDDPMScheduler, TokenFlowScheduler
 from .tokenizers import ImageTokenizer, ImageTokenizerConfig
 
 
@@ -51,6 +51,7 @@ __all__ = [
     "MARModel",
     "MARPipeline",
     "TokenDDPMScheduler",
+    "TokenFlowScheduler",
     "TokenHead",
     "build_model_card",
     "conversion",

@@ -10,7 +10,7 @@ from threading import get_ident
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import BaseGuidance, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging, replace_example_docstring
 from huggingface_hub import create_repo, file_exists
@@ -22,6 +22,7 @@ from ..generation import (
     GenerationSettings,
     build_settings,
     check_orders,
+    expand_decoding,
     plan_generation,
     plan_steps,
 )
@@ -32,6 +33,7 @@ from ..onednn import by_onednn
 from ..tokenizers import ImageTokenizer
 from .calls import CallStateMixin, PipelineCall
 from .compilation import compile_transformer
+from .details import sample_by_detail
 from .guided_backbone import GuidedBackbone
 from .prompts import PromptMixin
 
@@ -96,15 +98,20 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
         id2label (`dict`, *optional*): names of the classes, by number; several names of one class are separated by
             ", ".
         generation_defaults (`dict`, *optional*): what `__call__` uses where an argument is None, saved with the
-            pipeline; keys are those of `GENERATION_DEFAULTS`, which fill the gaps.
+            pipeline; keys are those of `GENERATION_DEFAULTS`, which fill the gaps, and `decoding`.
+        guider (`BaseGuidance`, *optional*): how guidance is done within the head, in place of the linear rule:
+            `ClassifierFreeGuidance`, `ClassifierFreeZeroStarGuidance`, `AdaptiveProjectedGuidance`,
+            `AdaptiveProjectedMixGuidance`, `TangentialClassifierFreeGuidance` or `MagnitudeAwareGuidance` of
+            diffusers, or one like these. Its steps, `start` and `stop` are those of the head; its `guidance_scale` is
+            the call's, step by step.
 
     Raises:
-        ValueError: if the image tokenizer's tokens, the text encoder or the classes do not fit the transformer, or a
-            default is unknown.
+        ValueError: if the image tokenizer's tokens, the text encoder, the guider or the classes do not fit the
+            transformer, or a default is unknown.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ["scheduler", "text_encoder", "tokenizer"]
+    _optional_components = ["scheduler", "text_encoder", "tokenizer", "guider"]
     _callback_tensor_inputs = ["latents", "mask"]
 
     def __init__(
@@ -116,11 +123,12 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
         tokenizer: PreTrainedTokenizerBase | None = None,
         id2label: dict | None = None,
         generation_defaults: dict | None = None,
+        guider: BaseGuidance | None = None,
     ):
         super().__init__()
         components = {
             **{"transformer": transformer, "vae": vae, "scheduler": scheduler},
-            **{"text_encoder": text_encoder, "tokenizer": tokenizer},
+            **{"text_encoder": text_encoder, "tokenizer": tokenizer, "guider": guider},
         }
         check_components(type(self), **components)
         self.register_modules(**components)
@@ -138,6 +146,7 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
         if transformer is not None and text_encoder is not None:
             check_text_encoder(text_encoder, transformer.config.text_dim)
         if transformer is not None:
+            transformer.head.check_guider(guider)
             own = {"id2label": id2label, "generation_defaults": generation_defaults}
             before = vars(transformer).get("_of_pipeline", own)
             if lost := [name for name, value in own.items() if value is None and before[name]]:
@@ -227,8 +236,11 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
         most = head.most_steps if head.scheduler_class is None else self.scheduler.config.num_train_timesteps
         limits = {"num_inference_steps": config.grid_height * config.grid_width, "num_diffusion_steps": most}
         given = {name: value for name, value in given.items() if value is not None}
+        if "decoding" in given:
+            given = expand_decoding(given)
         if not given.keys() <= GENERATION_DEFAULTS.keys():
-            raise ValueError(f"Settings have to be in {sorted(GENERATION_DEFAULTS)}, got {sorted(given)}.")
+            known = sorted([*GENERATION_DEFAULTS, "decoding"])
+            raise ValueError(f"Settings have to be in {known}, got {sorted(given)}.")
         for name, most in limits.items():
             if name not in given and getattr(defaults, name) > most:
                 raise ValueError(
@@ -277,7 +289,14 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
                 f"`guidance_refresh` has to be 1 for a causal model, got {settings.guidance_refresh}: its cache needs "
                 "every step."
             )
+        if settings.token_schedule == "gtr" and getattr(config, "max_tokens_per_step", None) == 1:
+            raise ValueError(
+                "`decoding` and `token_schedule` 'gtr' need a model that predicts several tokens a step; the "
+                "`max_tokens_per_step` of this causal model is 1."
+            )
         self.transformer.head.check_scheduler(self.scheduler, settings.temperature, **settings.head_kwargs or {})
+        if self.guider is not None:
+            self.transformer.head.check_guider(self.guider)
         if not isinstance(settings.generation_order, str):
             check_orders(settings.generation_order, len(labels), config.grid_height * config.grid_width)
         sources = generator if isinstance(generator, list) else [generator] * len(labels)
@@ -380,6 +399,8 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
         head_kwargs: dict[str, Any] | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_refresh: int | None = None,
+        decoding: str | None = None,
+        detail_share: float | None = None,
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -404,8 +425,8 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
             guidance_scale (`float`, *optional*): classifier-free guidance; 1.0 means none.
             num_diffusion_steps (`int`, *optional*): steps of the token head's sampler.
             guidance_schedule (`str`, *optional*): a name in `GUIDANCE_SCHEDULES`: linear or constant.
-            token_schedule (`str`, *optional*): a name in `TOKEN_SCHEDULES`: cosine or constant.
-            head_step_schedule (`str`, *optional*): a name in `HEAD_STEP_SCHEDULES`: constant, or linear annealing.
+            token_schedule (`str`, *optional*): a name in `TOKEN_SCHEDULES`: cosine, constant or gtr.
+            head_step_schedule (`str`, *optional*): a name in `HEAD_STEP_SCHEDULES`: constant, linear annealing or gtr.
             temperature (`float`, *optional*): multiplies the noise that the diffusion head's sampler injects; divides
                 the logits of a categorical head.
             generation_order (`str` or `torch.Tensor` of shape `(batch, num_tokens)`, *optional*): a name in
@@ -427,6 +448,12 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
             guidance_refresh (`int`, *optional*): guided steps for which one pass of the backbone without the class
                 serves: what the class changes in the conditions is taken over from the first of them (the condition
                 cache of LazyMAR, arXiv:2503.12450). 1, in every step, is exact; causal models know no other.
+            decoding (`str`, *optional*): a name in `DECODINGS`, which stands for an order, schedules and a
+                `detail_share` that belong together; what the call says of one of them goes before it. "gtr" is
+                generation, then reconstruction (arXiv:2510.17171); the numbers of steps are not part of it.
+            detail_share (`float`, *optional*): share of a step's tokens, those with most detail in their conditions,
+                that take all `num_diffusion_steps` where `head_step_schedule` gives fewer, once half of the tokens
+                are there (GtR's frequency-weighted selection); 0.0 means none.
             prompt_embeds (`torch.Tensor` of shape `(texts, length, text_dim)`, *optional*): the text encoder's states,
                 instead of `prompt`.
             prompt_attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*): 1 for tokens, 0 for padding
@@ -465,6 +492,8 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
             head_kwargs=head_kwargs,
             guidance_interval=guidance_interval,
             guidance_refresh=guidance_refresh,
+            decoding=decoding,
+            detail_share=detail_share,
         )
         texts = {
             "prompt": prompt,
@@ -522,7 +551,8 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
         transformer = by_onednn(self.transformer) if torch.backends.mkldnn.enabled else self.transformer
         sample = getattr(transformer, "_orig_mod", transformer).forward  # where hooks hang; never compiled as a whole
         backbone = GuidedBackbone(transformer, plan, labels, make_text_context, settings.guidance_refresh)
-        scheduler = copy.deepcopy(self.scheduler)  # it counts steps, and other calls may run
+        # They keep the state of a call, and other calls may run.
+        scheduler, guider = copy.deepcopy(self.scheduler), copy.copy(self.guider)
         steps, tokens, mask = plan.steps, plan.tokens, plan.mask
         with self.progress_bar(total=len(steps)) as progress_bar:
             for number in range(len(steps)):
@@ -538,13 +568,17 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
                     "condition": condition,
                     "negative_condition": negative,
                     "guidance_scale": step.guidance_scale,
+                    "guider": guider,
                     "scheduler": scheduler,
                     "num_steps": step.num_diffusion_steps,
                     "temperature": settings.temperature,
                     "noise": plan.noise.gather(1, positions[..., None, None].expand(-1, -1, *plan.noise.shape[2:])),
                     "generator": generator,
+                    **(settings.head_kwargs or {}),
                 }
-                sampled = sample(None, sampling=given | (settings.head_kwargs or {}))
+                sampled = (
+                    sample_by_detail(sample, given, step) if step.num_detail_tokens else sample(None, sampling=given)
+                )
                 tokens = tokens.scatter(1, positions[..., None].expand_as(sampled), sampled)
                 mask = mask.scatter(1, positions, False)
                 if callback is not None:

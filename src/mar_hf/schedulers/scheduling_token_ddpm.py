@@ -2,24 +2,15 @@
 """DDPM for tokens: cosine noise, learned-range variance, respaced sampling, temperature."""
 
 import math
-import os
-from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..loading import read_json
 from ..utils import check_count
-
-
-MOST_TIMESTEPS = 100_000
+from .scheduling_token_base import MOST_TIMESTEPS, TokenScheduler, TokenSchedulerOutput, as_device
 
 
 def cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> torch.Tensor:
@@ -66,20 +57,7 @@ def respaced_timesteps(num_train_timesteps: int, num_inference_steps: int, max_t
     return sorted(timesteps)
 
 
-@dataclass
-class TokenDDPMSchedulerOutput(BaseOutput):
-    """What [`TokenDDPMScheduler.step`] returns.
-
-    Args:
-        prev_sample (`torch.Tensor`): the sample one step less noisy, of the sample's shape.
-        pred_original_sample (`torch.Tensor`): the clean sample as predicted at this step, of the same shape.
-    """
-
-    prev_sample: torch.Tensor
-    pred_original_sample: torch.Tensor | None = None
-
-
-class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
+class TokenDDPMScheduler(TokenScheduler):
     """The sampler and the training loss of MAR's token head (arXiv:2406.11838, section 3.2; arXiv:2102.09672).
 
     Tables are float64 on the CPU, one per training step and one per respaced step; the network always sees the
@@ -107,7 +85,6 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
     """
 
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
-    order = 1
 
     @register_to_config
     def __init__(
@@ -155,39 +132,9 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"`trained_betas` has to leave signal and noise at every step, got {trained_betas!r:.60}."
             )
-        self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
         self._sampling_rows: list[dict[str, float]] = []
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None = None,
-        subfolder: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Load the scheduler, as `SchedulerMixin.from_pretrained` does; a broken file is named.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`, *optional*): a folder or a hub id.
-            subfolder (`str`, *optional*): of it.
-            kwargs (`Any`): passed on.
-
-        Returns:
-            [`TokenDDPMScheduler`].
-
-        Raises:
-            ValueError: if the configuration is no JSON object, or holds a setting that can't be.
-            OSError: if there is none.
-        """
-        file = Path(str(pretrained_model_name_or_path), subfolder or "", cls.config_name)
-        if file.is_file():
-            read_json(file)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Prepare sampling with fewer steps. Nothing is done where that has been done already.
@@ -205,10 +152,7 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
         whole = isinstance(num_inference_steps, Integral) and not isinstance(num_inference_steps, bool)
         if not whole or not 1 <= num_inference_steps <= length:
             raise ValueError(f"`num_inference_steps` has to lie in 1..{length}, got {num_inference_steps!r}.")
-        try:
-            place = torch.device("cpu" if device is None else device)
-        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"`device` has to be a device of torch, got {device!r}: {error}") from error
+        place = torch.device("cpu") if device is None else as_device(device)
         if num_inference_steps == self.num_inference_steps and self.timesteps.device == place:
             return
         last = self.config.max_timestep if self.config.max_timestep is not None else length - 1
@@ -224,18 +168,6 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._index = {int(t): i for i, t in enumerate(visited)}
         self.timesteps = visited.flip(0).to(place)
 
-    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
-        """The sample itself; here for schedulers' common interface.
-
-        Args:
-            sample (`torch.Tensor`): the noisy sample.
-            timestep (`int` or `torch.Tensor`, *optional*): not needed.
-
-        Returns:
-            `torch.Tensor`: `sample`.
-        """
-        return sample
-
     def step(
         self,
         model_output: torch.Tensor,
@@ -245,7 +177,7 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
         noise: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> TokenDDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+    ) -> TokenSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """One step of reverse diffusion.
 
         Args:
@@ -258,7 +190,7 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
             return_dict (`bool`, *optional*, defaults to `True`): False gives a tuple.
 
         Returns:
-            [`TokenDDPMSchedulerOutput`]: `prev_sample` and `pred_original_sample`, float32.
+            [`TokenSchedulerOutput`]: `prev_sample` and `pred_original_sample`, float32.
 
         Raises:
             ValueError: if `set_timesteps` was not called, or the timestep or the output's shape does not fit.
@@ -295,7 +227,7 @@ class TokenDDPMScheduler(SchedulerMixin, ConfigMixin):
             previous = torch.addcmul(previous, deviation, noise, value=temperature)
         if not return_dict:
             return previous, original
-        return TokenDDPMSchedulerOutput(prev_sample=previous, pred_original_sample=original)
+        return TokenSchedulerOutput(prev_sample=previous, pred_original_sample=original)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Diffuse clean tokens: sqrt(abar_t) x + sqrt(1 - abar_t) noise.
