@@ -230,7 +230,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--hold-out", type=float, default=0.0, metavar="SHARE", help="of all (role, gender, tone), kept in `test`"
     )
-    parser.add_argument("--test-fraction", type=float, default=0.0, metavar="SHARE", help="of each class, kept in `test`")
+    parser.add_argument(
+        "--test-fraction", type=float, default=0.0, metavar="SHARE", help="of each class, kept in `test`"
+    )
     args = parser.parse_args()
     if args.max_per_class is not None and args.max_per_class < 1:
         raise ValueError(f"`--max-per-class` has to be at least 1, got {args.max_per_class}.")
