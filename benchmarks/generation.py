@@ -40,6 +40,7 @@ from measuring import (
 from plans import Plan, integrate, make_plan, scheduled
 from reports import plot, summary, table
 from scenarios import DEFAULTS, GROUPS, SCENARIOS
+from transformers import PreTrainedModel
 
 import mar_hf
 from mar_hf import MARConfig, MARPipeline, TokenDDPMScheduler
@@ -48,6 +49,7 @@ from mar_hf.generation import (
     HEAD_STEP_SCHEDULES,
     TOKEN_SCHEDULES,
     GenerationSettings,
+    expand_decoding,
     plan_generation,
 )
 
@@ -56,8 +58,9 @@ from mar_hf.generation import (
 COUNTED_STEPS = 5
 # Head steps whose kernels are counted.
 COUNTED_HEAD_STEPS = 8
-# Settings with which the costs of a step depend on the steps before it, unless they have these values.
-STEP_BY_STEP = {"guidance_interval": (0.0, 1.0), "guidance_refresh": 1}
+# Settings with which the costs of a step depend on the steps before it, or its head's on more than the number of its
+# head steps, unless they have these values.
+STEP_BY_STEP = {"guidance_interval": (0.0, 1.0), "guidance_refresh": 1, "detail_share": 0.0}
 # Settings that the plain reference does not have, likewise.
 OURS_ONLY = {**STEP_BY_STEP, "context_noise": 0.0, "head_kwargs": None}
 SETTINGS = ("num_inference_steps", "num_diffusion_steps", "guidance_scale")
@@ -143,7 +146,7 @@ class Side:
 
     def __init__(self, pipe: MARPipeline, scenario: dict[str, Any], settings: dict[str, Any]):
         self.pipe, self.device, self.batch_size = pipe, scenario["device"], scenario["batch_size"]
-        self.settings = {**pipe.generation_defaults, **settings}
+        self.settings = {**pipe.generation_defaults, **expand_decoding(settings)}
         self.dtype = DTYPES[scenario["dtype"]]
         self.plan, self.counted_plan = (
             self.make_plan(count) for count in (scenario["sampled_steps"], scenario["sampled_steps"] or COUNTED_STEPS)
@@ -155,7 +158,7 @@ class Side:
             count = None
         steps, head_steps = self.settings["num_inference_steps"], self.settings["num_diffusion_steps"]
         tokens = TOKEN_SCHEDULES[self.settings["token_schedule"]](self.pipe.transformer.config.num_tokens, steps)
-        return make_plan(tokens, HEAD_STEP_SCHEDULES[self.settings["head_step_schedule"]](head_steps, steps), count)
+        return make_plan(tokens, HEAD_STEP_SCHEDULES[self.settings["head_step_schedule"]](head_steps, tokens), count)
 
     def changed(self, usual: dict[str, Any]) -> list[str]:
         """Names of the settings that do not have their usual values. Lists are what JSON makes of tuples."""
@@ -244,6 +247,23 @@ class PlainSide(Side):
             pipe.image_processor.postprocess(image, output_type="pt")
 
 
+def with_head(transformer: PreTrainedModel, **head: Any) -> PreTrainedModel:
+    """The same backbone, not copied, with another head.
+
+    Args:
+        transformer (`PreTrainedModel`): of a pipeline.
+        head (`Any`): settings of its configuration.
+
+    Returns:
+        `PreTrainedModel`: the head has random weights.
+    """
+    config = type(transformer.config).from_dict({**transformer.config.to_dict(), **head})
+    with torch.device(transformer.device):
+        other = type(transformer)(config).to(transformer.dtype).eval()
+    other.model = transformer.model
+    return other
+
+
 def build_sides(scenario: dict[str, Any], reference: bool) -> dict[str, Side]:
     """What is measured: `"plain"`, where there is a reference, and `"ours"`.
 
@@ -259,6 +279,8 @@ def build_sides(scenario: dict[str, Any], reference: bool) -> dict[str, Side]:
     if dtype != torch.float32:
         for name in ("transformer", "vae"):
             parts[name] = (copy.deepcopy(parts[name]) if reference else parts[name]).to(dtype)
+    if scenario["head"] is not None:
+        parts["transformer"] = with_head(parts["transformer"], **scenario["head"])
     if scenario["scheduler"] is not None:
         settings = dict(scenario["scheduler"])
         name = settings.pop("class")
@@ -355,7 +377,12 @@ def compare(sides: dict[str, Side], latents: dict[str, torch.Tensor], scenario: 
     """
     plain, ours = sides["plain"], sides["ours"]
     same_scheduler = dict(plain.pipe.scheduler.config) == dict(ours.pipe.scheduler.config)
-    if plain.settings != ours.settings or not (same_scheduler and isinstance(ours.pipe.scheduler, TokenDDPMScheduler)):
+    same_head = plain.pipe.transformer.config.head_type == ours.pipe.transformer.config.head_type
+    if (
+        plain.settings != ours.settings
+        or not same_head
+        or not (same_scheduler and isinstance(ours.pipe.scheduler, TokenDDPMScheduler))
+    ):
         return {"equal": False}
     expected, found = latents["plain"], {"ours": latents["ours"]}
     if plain.autocast:

@@ -82,7 +82,7 @@ def scheduled(plan: Plan) -> Iterator[dict[str, object]]:
     """
     name = "benchmark"
     TOKEN_SCHEDULES[name] = lambda num_tokens, num_inference_steps: list(plan.tokens)
-    HEAD_STEP_SCHEDULES[name] = lambda num_diffusion_steps, num_inference_steps: list(plan.head_steps)
+    HEAD_STEP_SCHEDULES[name] = lambda num_diffusion_steps, tokens_per_step: list(plan.head_steps)
     try:
         yield {"token_schedule": name, "head_step_schedule": name, "num_inference_steps": len(plan.tokens)}
     finally:

@@ -11,6 +11,7 @@
 | `autocast` | the half precision that the plain reference computes in; None: float32 |
 | `settings` | arguments of the pipeline's call, for both; what is not there is the model's own default |
 | `ours` | arguments of the pipeline's call, for ours only: what gives other pictures sooner |
+| `head` | configuration of another head, ours only, with random weights; None: the model's own |
 | `scheduler` | `class` of ours only, from mar_hf or diffusers, and its settings; None: the model's own |
 | `compile` | arguments of our pipeline's `compile`; None: it is not compiled |
 | `part` | the part that `ratio` compares: `total`, `tokens` (all but the autoencoder), or one of `PARTS` |
@@ -30,6 +31,11 @@ ANNEALED = {
     "scheduler": {"class": "TokenDDPMScheduler", "max_timestep": 950},
 }
 SOLVER = {"ours": {"num_diffusion_steps": 20}, "scheduler": {"class": "DPMSolverMultistepScheduler"}}
+# One call a token by a head of the same size (EAR, arXiv:2505.07812), in GtR's 32 steps (arXiv:2510.17171).
+FEWEST = {
+    "ours": {"num_inference_steps": 32, "num_diffusion_steps": 1, "decoding": "gtr"},
+    "head": {"head_type": "energy", "head_config": {"num_layers": 6, "hidden_size": 1024}},
+}
 # A backbone that takes no time and gives the head of the real one conditions of its width.
 ONE_LAYER = {"num_encoder_layers": 1, "num_decoder_layers": 1}
 
@@ -42,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "autocast": None,
     "settings": {},
     "ours": {},
+    "head": None,
     "scheduler": None,
     "compile": None,
     "part": "total",
@@ -67,6 +74,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "mar-b-cpu-annealed": {**_BASE, **ANNEALED},
     "mar-b-cpu-solver": {**_BASE, **SOLVER},
     "mar-b-cpu-fast": {**_BF16, **ANNEALED},
+    "mar-b-cpu-fewest": {**_BASE, **FEWEST},
     "mar-l-cpu": {**_BASE, **_FEWER, "model": "large"},
     "mar-h-cpu": {**_BASE, **_FEWER, "model": "huge"},
     "head-cpu": _HEAD,

@@ -10,12 +10,10 @@ started again, it does what is missing and goes on with what was cut off. docs/c
 
 import json
 import pathlib
-import shlex
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,7 +22,7 @@ import torch
 
 from mar_hf import ImageTokenizer, MARPipeline
 from mar_hf.evaluation import claim_folder, describe_machine, describe_versions, load_pipeline, median_seconds, psnr
-from mar_hf.evaluation.experiments import run_all, run_script, write_result
+from mar_hf.evaluation.experiments import once, read_result, run_all, run_script
 from mar_hf.evaluation.folders import read_json, write_json
 from mar_hf.evaluation.pictures import save_pictures
 from mar_hf.evaluation.sampling import check_counts
@@ -119,28 +117,6 @@ class Arguments:
         return 1 if self.quick else 50
 
 
-def once(args: Arguments, name: str, function: Callable[..., dict], *inputs: Any) -> None:
-    """Write what a function finds to `results/<name>.json`, where that is not there yet."""
-    file = args.folder / "results" / f"{name}.json"
-    if not file.exists():
-        print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
-        write_result(file, args.folder / "logs" / f"{name}.log", function, args, *inputs)
-
-
-def read(args: Arguments, name: str) -> dict:
-    """What `once` wrote."""
-    return read_json(args.folder / "results" / f"{name}.json")
-
-
-def call(script: str, folder: pathlib.Path, words: Iterable[object]) -> str:
-    """Run another example, and note how. Returns its command line."""
-    words = ["--output_dir", str(folder), *map(str, words)]
-    command = shlex.join([f"examples/{script}.py", *words])
-    print(command, flush=True)
-    run_script(EXAMPLES / f"{script}.py", words)
-    return command
-
-
 def prepare_data(args: Arguments) -> None:
     """Write the digits, a fifth of each class held out."""
     if not (args.folder / "data").exists():
@@ -158,7 +134,7 @@ def make_tokenizer(args: Arguments, name: str) -> dict:
     if name in TOKENIZER_CONFIGS:
         words = ["--config", TOKENIZER_CONFIGS[name], "--train_data_dir", data]
         words += ["--resume_from_checkpoint", "latest", *(QUICK_WORDS if args.quick else ())]
-        call("train_tokenizer", folder, words)
+        run_script(EXAMPLES / "train_tokenizer.py", ["--output_dir", folder, *words])
     if name == "vq":
         # The same autoencoder again; what is not quantised has other statistics.
         tokenizer = ImageTokenizer.from_pretrained(folder)
@@ -185,17 +161,17 @@ def measure(args: Arguments, name: str, words: Iterable[object]) -> tuple[dict[s
     """Run `evaluate.py`: metrics by guidance scale, and the command line."""
     folder = args.folder / "evaluations" / name
     words = [*words, "--reference", args.folder / "data" / "test", "--features", "pixels", "--classifier"]
-    command = call("evaluate", folder, words)
+    command = run_script(EXAMPLES / "evaluate.py", ["--output_dir", folder, *words])
     results = read_json(folder / "metrics.json")["results"]
     return {str(result["value"]): result["metrics"] for result in results}, command
 
 
 def train_and_evaluate(args: Arguments, model: str, seed: int) -> None:
     """A training, and the evaluations of the rows that need it."""
-    once(args, f"training-{model}-{seed}", train, model, seed)
+    once(args.folder, f"training-{model}-{seed}", train, args, model, seed)
     for row in args.only:
         if ROWS[row][0] == model:
-            once(args, f"evaluation-{row}-{seed}", evaluate, row, seed)
+            once(args.folder, f"evaluation-{row}-{seed}", evaluate, args, row, seed)
 
 
 def train(args: Arguments, model: str, seed: int) -> dict:
@@ -213,7 +189,7 @@ def train(args: Arguments, model: str, seed: int) -> dict:
         words += ["--pretrained_tokenizer", args.folder / "tokenizers" / tokens]
     if args.quick:
         words += [*QUICK_WORDS, "--generation_defaults", json.dumps(QUICK_DEFAULTS)]
-    command = call("train", folder, words)
+    command = run_script(EXAMPLES / "train.py", ["--output_dir", folder, *words])
     return {
         "parameters": MARPipeline.from_pretrained(folder / "pipeline").transformer.num_parameters(),
         "command": command,
@@ -256,14 +232,14 @@ def collect(args: Arguments) -> dict[str, Any]:
     rows, tokenizers = {}, {"pixels"}
     for row in args.only:
         model, steps = ROWS[row]
-        trainings = {seed: read(args, f"training-{model}-{seed}") for seed in args.seeds}
-        evaluations = {seed: read(args, f"evaluation-{row}-{seed}") for seed in args.seeds}
+        trainings = {seed: read_result(args.folder, f"training-{model}-{seed}") for seed in args.seeds}
+        evaluations = {seed: read_result(args.folder, f"evaluation-{row}-{seed}") for seed in args.seeds}
         tokenizers.add(tokenizer := AUTOENCODERS[MODELS[model][1]])
         rows[row] = {
             **{"model": model, "tokenizer": tokenizer, "num_inference_steps": steps},
             "parameters": trainings[args.seeds[0]]["parameters"],
             **summarise([evaluation["metrics"] for evaluation in evaluations.values()]),
-            "seconds_a_picture": read(args, f"speed-{row}"),
+            "seconds_a_picture": read_result(args.folder, f"speed-{row}"),
             **{"trainings": trainings, "evaluations": evaluations},
         }
     return {
@@ -271,7 +247,7 @@ def collect(args: Arguments) -> dict[str, Any]:
         "machine": describe_machine("cuda" if torch.cuda.is_available() else "cpu"),
         "versions": describe_versions("accelerate", "scikit-learn"),
         "training": read_json(CONFIG),
-        "tokenizers": {name: read(args, f"tokenizer-{name}") for name in sorted(tokenizers)},
+        "tokenizers": {name: read_result(args.folder, f"tokenizer-{name}") for name in sorted(tokenizers)},
         "rows": rows,
     }
 
@@ -285,11 +261,13 @@ def main(args: Arguments) -> None:
     prepare_data(args)
     models = list(dict.fromkeys(ROWS[row][0] for row in args.only))
     tokenizers = sorted({"pixels"} | {AUTOENCODERS[MODELS[model][1]] for model in models})
-    run_all([partial(once, args, f"tokenizer-{name}", make_tokenizer, name) for name in tokenizers], args.jobs)
+    run_all(
+        [partial(once, args.folder, f"tokenizer-{name}", make_tokenizer, args, name) for name in tokenizers], args.jobs
+    )
     # A whole table is there as soon as the first seed is done.
     run_all([partial(train_and_evaluate, args, model, seed) for seed in args.seeds for model in models], args.jobs)
     for row in args.only:  # nothing beside it: the clock runs
-        once(args, f"speed-{row}", time_row, row)
+        once(args.folder, f"speed-{row}", time_row, args, row)
     write_json(args.folder / "comparison.json", collect(args))
     run_script(EXAMPLES / "draw_comparison.py", ["--output_dir", str(args.folder)])
 

@@ -31,13 +31,15 @@ class Arguments:
     guidance_scale: float | None = field(default=None, metadata={"help": "1 means none"})
     temperature: float | None = field(default=None, metadata={"help": "of the noise that the head injects"})
     guidance_schedule: str | None = field(default=None, metadata={"help": "linear or constant"})
-    token_schedule: str | None = field(default=None, metadata={"help": "cosine or constant"})
-    head_step_schedule: str | None = field(default=None, metadata={"help": "constant or linear"})
+    token_schedule: str | None = field(default=None, metadata={"help": "cosine, constant or gtr"})
+    head_step_schedule: str | None = field(default=None, metadata={"help": "constant, linear or gtr"})
     generation_order: str | None = field(default=None, metadata={"help": "random, raster, spiral, ..."})
     guidance_interval: list[float] | None = field(
         default=None, metadata={"help": "start and end, shares of the steps"}
     )
     guidance_refresh: int | None = field(default=None, metadata={"help": "guided steps for one unconditional pass"})
+    decoding: str | None = field(default=None, metadata={"help": "gtr: order, schedules and detail_share of GtR"})
+    detail_share: float | None = field(default=None, metadata={"help": "tokens of a step with all head steps"})
     scheduler: str | None = field(default=None, metadata={"help": "one of diffusers, such as DDIMScheduler"})
     dtype: str = field(default="float32", metadata={"help": "of the weights", "choices": list(DTYPES)})
     npz: bool = field(default=False, metadata={"help": "also write samples.npz: arr_0 (uint8, NHWC) and labels arr_1"})

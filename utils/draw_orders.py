@@ -48,7 +48,7 @@ def draw_annealing(axes: Axes) -> None:
 
 def draw_orders() -> Figure:
     """One panel for each entry of the table."""
-    figure, panels = plt.subplots(2, -(-len(GENERATION_ORDERS) // 2), figsize=(12, 6.6), layout="constrained")
+    figure, panels = plt.subplots(2, -(-len(GENERATION_ORDERS) // 2), figsize=(15, 6.6), layout="constrained")
     figure.get_layout_engine().set(wspace=0.06, hspace=0.06)
     for axes, (name, order) in zip(panels.flat, GENERATION_ORDERS.items(), strict=False):
         if name == "random_annealed":

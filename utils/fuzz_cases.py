@@ -44,6 +44,7 @@ from mar_hf.cli import main as command  # noqa: E402
 from mar_hf.generation import GenerationSettings, build_settings  # noqa: E402
 from mar_hf.models import BackboneConfig  # noqa: E402
 from mar_hf.models.modeling_backbone import BackboneInputs  # noqa: E402
+from mar_hf.tokenizers import NORMALIZERS  # noqa: E402
 from mar_hf.training import (  # noqa: E402
     ImageTransform,
     TextEncoderTrainingArguments,
@@ -211,8 +212,10 @@ def call(rng: Random, world: World) -> Case:
         "guidance_scale": [1, 1.0, 0, -2.5, 1000, 1001, -1e30, "3"],
         "num_diffusion_steps": [1, 5, 1001, 2.0],
         "guidance_schedule": ["linear", "constant", "cosine"],
-        "token_schedule": ["cosine", "constant", "linear"],
-        "head_step_schedule": ["constant", "linear"],
+        "token_schedule": ["cosine", "constant", "gtr", "linear"],
+        "head_step_schedule": ["constant", "linear", "gtr"],
+        "decoding": ["gtr", "fast"],
+        "detail_share": [0, 0.1, 1, 1.5],
         "temperature": [0, 0.5, 1, 999, 1001, -1],
         "generation_order": ["raster", "random", "spiral", torch.arange(16)[None], torch.zeros(1, 16), [*range(16)]],
         "num_images_per_prompt": [1, 2, 10_001, "2", 1.0],
@@ -311,7 +314,7 @@ def configuration(rng: Random, world: World) -> Case:
         autoencoder = dict(world.pipeline("kl").vae.config.autoencoder)
         good: dict[str, list] = {
             "autoencoder": [autoencoder, arguments(rng, {name: [] for name in autoencoder}, autoencoder, 2), {}],
-            **{"patch_size": [1, 2, 10**6], "normalizer": ["affine", "token_layer_norm"], "quantize": [True, False]},
+            **{"patch_size": [1, 2, 10**6], "normalizer": [*NORMALIZERS], "quantize": [True, False]},
             **{"shift_factor": [0, [0.0] * 3, [0.0] * 4], "scaling_factor": [0.5, 0, NAN, [1.0] * 3, [0, 1, 1]]},
         }
         given = arguments(rng, good)
@@ -393,7 +396,7 @@ def tokenizer(rng: Random, world: World) -> Case:
             5,
         ]
         good = {"autoencoder": wholes, "patch_size": [1, 2, 0], "scaling_factor": [0.5, 0, [1.0] * 4, [1.0]]}
-        good |= {"shift_factor": [0, [0.0] * 4, [NAN] * 4], "normalizer": ["affine", "x"], "quantize": [True, False]}
+        good |= {"shift_factor": [0, [0.0] * 4, [NAN] * 4], "normalizer": ["sphere", "x"], "quantize": [True, False]}
         given = arguments(rng, good, {"autoencoder": rng.choice(wholes)})
         names, errors = list(good), REFUSALS
         return Case(

@@ -90,7 +90,7 @@ def _pictures(
 ) -> Iterator[tuple[int, int, Image.Image]]:
     """Place of the subject, number and picture, as they are done, batch after batch."""
     total = len(wanted) * args.num_images_per_class
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: getattr(args, name) for name in (*SETTINGS, "decoding")}
     with _progress(total) as tell:
         for first in range(0, total, args.batch_size):
             last = min(first + args.batch_size, total)

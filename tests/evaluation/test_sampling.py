@@ -55,6 +55,12 @@ def test_classes_by_number_and_name(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"clock", "heart", "settings.json"}
 
 
+def test_a_decoding_is_noted_by_its_parts(tmp_path):
+    note = make(tiny_pipeline(), tmp_path, decoding="gtr", generation_order="halton", **FEW)
+    parts = ("generation_order", "token_schedule", "head_step_schedule", "detail_share")
+    assert [note[name] for name in parts] == ["halton", "gtr", "gtr", 0.1] and "decoding" not in note
+
+
 def test_a_full_disk_leaves_no_part_of_a_picture(tmp_path, monkeypatch):
     def full(image, path, *args, **settings):
         path.write_bytes(b"half")

@@ -40,7 +40,7 @@ def both(pipe, labels, **settings):
         orders,
         noise,
         tokens,
-        HEAD_STEP_SCHEDULES[settings["head_step_schedule"]](head_steps, steps),
+        HEAD_STEP_SCHEDULES[settings["head_step_schedule"]](head_steps, tokens),
         GUIDANCE_SCHEDULES[settings["guidance_schedule"]](settings["guidance_scale"], tokens),
         settings["temperature"],
     )

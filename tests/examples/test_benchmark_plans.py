@@ -19,7 +19,8 @@ from measuring import PARTS, Recorder  # noqa: E402
 
 @pytest.mark.parametrize("steps, count", [(64, 5), (64, 3), (64, 1), (256, 7), (16, 15)])
 def test_measured_steps_are_those_of_the_schedule(steps, count):
-    tokens, heads = TOKEN_SCHEDULES["cosine"](256, steps), HEAD_STEP_SCHEDULES["linear"](50, steps)
+    tokens = TOKEN_SCHEDULES["cosine"](256, steps)
+    heads = HEAD_STEP_SCHEDULES["linear"](50, tokens)
     plan = plans.make_plan(tokens, heads, count)
     assert sum(plan.tokens) == 256 and min(plan.tokens) > 0 and len(plan.tokens) == len(plan.head_steps)
     assert len(plan.measured) == count and not plan.is_whole
@@ -41,7 +42,8 @@ def test_all_steps_are_the_schedule(count):
 
 @pytest.mark.parametrize("count", [None, 3, 6])
 def test_what_is_linear_is_integrated_exactly(count):
-    tokens, heads = TOKEN_SCHEDULES["cosine"](256, 32), HEAD_STEP_SCHEDULES["linear"](50, 32)
+    tokens = TOKEN_SCHEDULES["cosine"](256, 32)
+    heads = HEAD_STEP_SCHEDULES["linear"](50, tokens)
 
     def seconds(there, tokens, steps):
         return {

@@ -3,10 +3,14 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common import seeded
 from mar_hf.generation import (
     GENERATION_ORDERS,
+    gtr_order,
+    halton_order,
     nearest_order,
     random_annealed_order,
     random_order,
@@ -19,7 +23,7 @@ from mar_hf.generation import (
 
 SIZES = [(1, 1), (1, 7), (7, 1), (3, 5), (4, 4), (16, 16)]
 SMALL_GRIDS = [(height, width) for height in range(1, 6) for width in range(1, 6)]
-RANDOM = ["random", "nearest"]
+RANDOM = ["random", "nearest", "gtr"]
 
 
 def when_generated(order, height, width):
@@ -55,6 +59,10 @@ def test_orders_are_permutations(name, size):
         ("subsampled", [[0, 4, 1, 5], [6, 7, 8, 9], [2, 10, 3, 11], [12, 13, 14, 15]]),
         ("subsampled", [[0, 6, 2, 7, 1], [8, 9, 10, 11, 12], [3, 13, 4, 14, 5]]),
         ("subsampled", [[0, 4, 2, 5, 1, 6, 3]]),
+        # Rows 1/2, 1/4, 3/4, 1/8, ... of 2 and columns 1/3, 2/3, 1/9, 4/9, ... of 3
+        ("halton", [[5, 3, 1], [2, 0, 4]]),
+        ("halton", [[1], [0]]),
+        ("halton", [[2, 0, 1]]),
     ],
 )
 def test_orders_on_small_grids(name, grid):
@@ -108,7 +116,7 @@ def test_random_orders_without_a_generator_follow_the_global_one(name):
     assert torch.equal(found, GENERATION_ORDERS[name](4, 4, seeded(1)))
 
 
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("name", ["random", "nearest"])
 def test_random_orders_start_anywhere(name):
     generator = seeded()
     starts = torch.stack([GENERATION_ORDERS[name](2, 2, generator) for _ in range(2000)])[:, 0].bincount(minlength=4)
@@ -133,6 +141,36 @@ def test_nearest_breaks_ties_at_random():
     # From each of the four starts to one of two neighbours: 250 each, with a deviation of 14.8
     pairs = (orders[:, 0] * 4 + orders[:, 1]).unique(return_counts=True)[1]
     assert len(pairs) == 8 and (pairs - 250).abs().max() < 4 * 14.8
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize("columns", [1, 3, 9])
+def test_halton_puts_one_of_as_many_tokens_into_every_box(rows, columns):
+    order = halton_order(8, 9)
+    boxes = order // 9 // (8 // rows) * columns + order % 9 // (9 // columns)
+    for some in boxes.view(-1, rows * columns):
+        assert torch.equal(some.sort().values, torch.arange(rows * columns))
+
+
+@given(height=st.integers(1, 12), width=st.integers(1, 12), seed=st.integers(0, 99))
+def test_gtr_goes_set_by_set_and_leaves_no_two_neighbours_for_a_set(height, width, seed):
+    order = gtr_order(height, width, seeded(seed))
+    rows, columns = order // width, order % width
+    numbers = [{0: 0, 1: 2, 2: 1, 3: 2}[total] for total in ((rows + columns) % 4).tolist()]
+    assert numbers == sorted(numbers)
+    for number in range(3):
+        own = torch.tensor(numbers) == number
+        distance = (rows[own][:, None] - rows[own]).abs() + (columns[own][:, None] - columns[own]).abs()
+        assert not (distance == 1).any()
+
+
+def test_gtr_is_random_within_a_set():
+    generator = seeded()
+    orders = torch.stack([gtr_order(2, 4, generator) for _ in range(1000)])
+    # 0 and 7, then 2 and 5, then the others: each first of its set as often as another, with a deviation of 15.8, 13.7
+    for start, members in ((0, [0, 7]), (2, [2, 5]), (4, [1, 3, 4, 6])):
+        counts = orders[:, start].bincount(minlength=8)[members]
+        assert counts.sum() == 1000 and (counts - 1000 / len(members)).abs().max() < 4 * 15.8
 
 
 def test_share_of_random_orders():

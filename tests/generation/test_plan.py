@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mar_hf.generation import (
+    DECODINGS,
     GENERATION_DEFAULTS,
     GENERATION_ORDERS,
     GUIDANCE_SCHEDULES,
@@ -18,6 +19,7 @@ from mar_hf.generation import (
     GenerationSettings,
     build_settings,
     check_orders,
+    expand_decoding,
     plan_generation,
     plan_steps,
 )
@@ -25,7 +27,7 @@ from mar_hf.generation import (
 
 GRID = SimpleNamespace(grid_height=3, grid_width=4, token_dim=2)
 COUNTS = ("num_inference_steps", "num_diffusion_steps", "guidance_refresh")
-NUMBERS = ("guidance_scale", "temperature", "context_noise")
+NUMBERS = ("guidance_scale", "temperature", "context_noise", "detail_share")
 NAMES = ("token_schedule", "guidance_schedule", "head_step_schedule")
 # What JSON, Python and numpy have besides the right values.
 ODD = [None, True, False, "1", "x", [], {}, float("nan"), float("inf"), -float("inf"), 1e39, -1, b"1", ...]
@@ -117,6 +119,19 @@ def test_wrong_defaults_are_called_so(saved, message):
         build_settings(saved)
 
 
+@pytest.mark.parametrize("name", DECODINGS)
+def test_a_decoding_stands_for_its_parts_and_is_no_setting_itself(name):
+    assert DECODINGS[name].keys() <= GENERATION_DEFAULTS.keys() and "decoding" not in GENERATION_DEFAULTS
+    assert same(build_settings({"decoding": name}), GenerationSettings(**DECODINGS[name]))
+    given = {"decoding": name, "token_schedule": "constant", "temperature": 0.5}
+    assert expand_decoding(given) == DECODINGS[name] | {"token_schedule": "constant", "temperature": 0.5}
+    assert given["decoding"] == name and DECODINGS[name]["token_schedule"] == "gtr"
+    # A later source goes before the parts of an earlier one, and its parts before an earlier source.
+    assert build_settings({"decoding": name}, {"token_schedule": "constant"}).token_schedule == "constant"
+    assert build_settings({"token_schedule": "constant"}, {"decoding": name}).token_schedule == "gtr"
+    assert expand_decoding({"decoding": None, "temperature": 0.5}) == {"temperature": 0.5}
+
+
 # Orders
 
 
@@ -161,6 +176,18 @@ def test_steps_follow_each_other(num_tokens, share, start, is_guided, guidance_s
             assert step.guidance_scale == 1.0
         elif schedules["guidance_schedule"] == "constant":
             assert step.guidance_scale == guidance_scale
+
+
+@given(share=st.floats(0, 1), schedule=st.sampled_from(["gtr", "linear"]), count=st.integers(1, 48))
+def test_details_are_a_share_of_each_step_of_the_second_half_with_fewer_head_steps(share, schedule, count):
+    names = {"token_schedule": "cosine", "head_step_schedule": schedule, "detail_share": share}
+    steps = plan_steps(GenerationSettings(num_inference_steps=count, num_diffusion_steps=9, **names), 48)
+    for step in steps:
+        late = step.start >= 24 and step.num_diffusion_steps < 9
+        assert step.num_detail_tokens == (int(share * step.count) if late else 0)
+        assert step.num_detail_steps == (9 if step.num_detail_tokens else 0)
+    constant = GenerationSettings(num_inference_steps=count, detail_share=share, head_step_schedule="constant")
+    assert all(step.num_detail_tokens == 0 for step in plan_steps(constant, 48))
 
 
 @pytest.mark.parametrize("order", GENERATION_ORDERS)

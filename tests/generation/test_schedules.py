@@ -2,8 +2,11 @@
 """Schedules: identities for all sizes, and numbers counted from the original's rules."""
 
 import math
+from itertools import accumulate
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mar_hf.generation import (
     GENERATION_ORDERS,
@@ -14,6 +17,9 @@ from mar_hf.generation import (
     constant_head_steps,
     constant_tokens_per_step,
     cosine_tokens_per_step,
+    gtr_head_steps,
+    gtr_order,
+    gtr_tokens_per_step,
     guidance_within,
     linear_guidance,
     linear_head_steps,
@@ -78,6 +84,34 @@ def test_steps_that_a_model_can_do(counts):
 def test_steps_that_a_model_cannot_do(counts, message):
     with pytest.raises(ValueError, match=message):
         check_tokens_per_step(counts, 16, 2)
+
+
+def test_gtr_counts_of_the_paper():
+    # 64 tokens at 2.67 a step, 64 at 10.67, 128 at 64
+    counts = gtr_tokens_per_step(256, 32)
+    assert [sum(counts[:24]), sum(counts[24:30]), counts[30:]] == [64, 64, [64, 64]]
+    assert set(counts[:24]) == {2, 3} and set(counts[24:30]) == {10, 11}
+
+
+@given(data=st.data(), height=st.integers(1, 12), width=st.integers(1, 12))
+def test_gtr_steps_end_where_the_sets_of_its_order_end(data, height, width):
+    num_tokens = height * width
+    steps = data.draw(st.integers(1, num_tokens))
+    counts, order = gtr_tokens_per_step(num_tokens, steps), gtr_order(height, width)
+    assert (len(counts), sum(counts), min(counts) >= 1) == (steps, num_tokens, True)
+    sums = order // width + order % width
+    sizes = [int((sums % 4 == 0).sum()), int((sums % 4 == 2).sum()), int((sums % 2 == 1).sum())]
+    ends = list(accumulate(counts))
+    if steps > 1:
+        assert num_tokens - sizes[2] in ends
+    if steps > 2 and num_tokens > 2:
+        first = min(ends, key=lambda end: abs(end - sizes[0]))
+        assert abs(first - sizes[0]) <= (height % 2 or width % 2)
+    if steps > 2 and height % 2 == width % 2 == 0:
+        # Later sets are never slower than earlier ones.
+        numbers = [ends.index(sizes[0]) + 1, ends.index(num_tokens // 2) + 1, steps]
+        rates = [size / (end - start) for size, start, end in zip(sizes, [0, *numbers], numbers, strict=False)]
+        assert rates == sorted(rates)
 
 
 def test_linear_guidance_ends_just_below_its_scale():
@@ -159,26 +193,36 @@ def test_budgets_that_buy_nothing():
 
 
 def test_annealing_counts_of_disa():
-    steps = linear_head_steps(50, 64)
+    counts = cosine_tokens_per_step(256, 64)
+    steps = linear_head_steps(50, counts)
     assert (steps[0], steps[-1], sum(steps), len(steps)) == (50, 5, 1733, 64)
     assert all(a >= b for a, b in zip(steps, steps[1:], strict=False))
     # What the head evaluates, against 100 steps throughout
-    counts = cosine_tokens_per_step(256, 64)
     assert sum(n * s for n, s in zip(counts, steps, strict=True)) == 5372
-    assert sum(n * s for n, s in zip(counts, constant_head_steps(100, 64), strict=True)) == 25600
+    assert sum(n * s for n, s in zip(counts, constant_head_steps(100, counts), strict=True)) == 25600
 
 
 @pytest.mark.parametrize("name", HEAD_STEP_SCHEDULES)
 @pytest.mark.parametrize("head_steps", [1, 3, 5, 50])
-@pytest.mark.parametrize("steps", [1, 2, 17])
-def test_head_steps_start_as_asked_and_never_vanish(name, head_steps, steps):
-    counts = HEAD_STEP_SCHEDULES[name](head_steps, steps)
-    assert len(counts) == steps and counts[0] == head_steps
-    assert all(1 <= count <= head_steps for count in counts)
+@pytest.mark.parametrize("tokens_per_step", [[1], [64], [1, 9], [9, 1], cosine_tokens_per_step(64, 17)])
+def test_head_steps_start_as_asked_and_never_rise_or_vanish(name, head_steps, tokens_per_step):
+    counts = HEAD_STEP_SCHEDULES[name](head_steps, tokens_per_step)
+    assert len(counts) == len(tokens_per_step) and counts[0] == head_steps
+    assert counts == sorted(counts, reverse=True) and counts[-1] >= 1
 
 
 def test_annealing_ends_where_asked():
-    assert linear_head_steps(20, 5, last=4) == [20, 16, 12, 8, 4]
+    assert linear_head_steps(20, [1] * 5, last=4) == [20, 16, 12, 8, 4]
+
+
+def test_gtr_head_steps_of_the_paper():
+    steps = gtr_head_steps(50, gtr_tokens_per_step(256, 32))
+    assert (steps[0], steps[29], steps[30:]) == (50, 20, [20, 20])
+    # Half of the tokens is there after three of these steps; a step that starts before that is early.
+    assert gtr_head_steps(10, [1, 2, 3, 6]) == [10, 7, 4, 4]
+    assert gtr_head_steps(10, [1, 2, 4, 6]) == [10, 7, 4, 4]
+    assert gtr_head_steps(10, [4, 4], last=0.5) == [10, 5]
+    assert gtr_head_steps(10, [5, 2, 1, 1]) == [10, 4, 4, 4]
 
 
 @pytest.mark.parametrize("table", [GENERATION_ORDERS, TOKEN_SCHEDULES, GUIDANCE_SCHEDULES, HEAD_STEP_SCHEDULES])

@@ -3,6 +3,7 @@
 
 import inspect
 import logging
+import math
 import random
 import re
 from pathlib import Path
@@ -17,7 +18,13 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
 )
 
-from mar_hf import ARForImageGeneration, MARPipeline, TokenDDPMScheduler
+from mar_hf import (
+    ARForImageGeneration,
+    ImageTokenizer,
+    ImageTokenizerConfig,
+    MARPipeline,
+    TokenDDPMScheduler,
+)
 from mar_hf.conversion import convert_checkpoint
 from mar_hf.generation import GENERATION_DEFAULTS, GENERATION_ORDERS
 from tiny_pipelines import FEW_STEPS, seeds, tiny_kl, tiny_pipeline, tiny_text_pipeline, tiny_transformer
@@ -362,6 +369,8 @@ def test_the_signature_is_the_documented_one():
         "head_kwargs": None,
         "guidance_interval": None,
         "guidance_refresh": None,
+        "decoding": None,
+        "detail_share": None,
         "prompt_embeds": None,
         "prompt_attention_mask": None,
         "negative_prompt_embeds": None,
@@ -511,6 +520,7 @@ def test_without_defaults_of_its_own_a_pipeline_has_the_papers():
         "head_kwargs": None,
         "guidance_interval": (0.0, 1.0),
         "guidance_refresh": 1,
+        "detail_share": 0.0,
     }
     assert tiny_pipeline(generation_defaults=None).generation_defaults["num_inference_steps"] == TOKENS
 
@@ -701,6 +711,74 @@ def test_head_kwargs_are_saved_and_given_like_other_settings(discrete):
     assert torch.equal(latents(saved, generator=generator[3], head_kwargs={}), plain)
 
 
+# Projection of what the head samples
+
+
+def projecting(normalizer="sphere", **settings):
+    """A pipeline whose tokenizer normalises tokens of 2 x 2 pixels."""
+    vae = ImageTokenizer(ImageTokenizerConfig(patch_size=2, scaling_factor=2.0, normalizer=normalizer))
+    return tiny_pipeline(vae, **settings)
+
+
+def norms(pipe, *args, **kwargs):
+    return pipe.vae.patchify(latents(pipe, *args, **kwargs)).norm(dim=-1)
+
+
+@pytest.mark.parametrize("normalizer", ["sphere", "token_layer_norm"])
+@pytest.mark.parametrize("backbone", ["mar", "ar"])
+def test_guided_tokens_are_projected_before_they_are_seen_and_decoded(backbone, normalizer):
+    pipe = projecting(normalizer, backbone=backbone)
+    orders, noise = draw(torch.Generator().manual_seed(0), batch=2)
+    expected = by_hand(
+        *(pipe, torch.tensor([2, 0]), orders, noise, COSINE, [3.0] * 3),
+        after=lambda step, tokens: pipe.vae.projection(tokens),  # it leaves zeros and what is projected already
+    )
+    settings = {"guidance_scale": 3.0, "guidance_schedule": "constant", "generation_order": orders, "noise": noise}
+    found = latents(pipe, [2, 0], **settings)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        pipe.vae.patchify(found).norm(dim=-1), torch.full((2, TOKENS), math.sqrt(TOKEN_DIM)), rtol=1e-4, atol=0
+    )
+    # Seen, not only decoded: what comes later is not what the head makes of its own tokens.
+    plain = latents(projecting("affine", backbone=backbone), [2, 0], **settings)
+    assert (pipe.vae.projection(pipe.vae.patchify(plain)) - pipe.vae.patchify(found)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"context_noise": 0.5}, {"temperature": 0.0}, {"guidance_scale": 8.0}, {"num_images_per_prompt": 2}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_whatever_is_asked_for_tokens_are_on_the_sphere(settings):
+    found = norms(projecting(), 1, generator=seeds(*range(settings.get("num_images_per_prompt", 1))), **settings)
+    torch.testing.assert_close(found, torch.full_like(found, math.sqrt(TOKEN_DIM)), rtol=1e-5, atol=0)
+
+
+def test_other_heads_and_types_come_to_the_sphere_too():
+    discrete = projecting(transformer=tiny_transformer(**CATEGORICAL))
+    half = projecting().to(torch.bfloat16)
+    for pipe in (discrete, half):
+        found = norms(pipe, 1, generator=seeds(0))
+        torch.testing.assert_close(found, torch.full_like(found, math.sqrt(TOKEN_DIM)), rtol=1e-5, atol=0)
+
+
+def test_latents_of_a_callback_are_taken_as_they_are():
+    pipe, seen = projecting(), []
+
+    def keep(pipe, step, done, tensors):
+        seen.append(tensors["latents"].clone())
+        return tensors
+
+    found = latents(pipe, generator=seeds(0), callback_on_step_end=keep)
+    assert torch.equal(found, latents(pipe, generator=seeds(0))) and torch.equal(found, seen[-1])
+    # What is not there yet stays zero, what is there stays on the sphere.
+    assert [(pipe.vae.patchify(each).norm(dim=-1) > 0).sum().item() for each in seen] == [3, 8, 16]
+    twice = latents(
+        pipe, generator=seeds(0), callback_on_step_end=lambda pipe, step, done, tensors: {"latents": 2 * found}
+    )
+    assert torch.equal(twice, 2 * found)
+
+
 # Samplers
 
 
@@ -752,6 +830,14 @@ def test_exploded_tokens_are_reported(warnings, factor):
     (record,) = warnings.records
     assert re.search(r"tokens reach (nan|[\d.e+]+) where about 4 is usual", record.message)
     assert "`max_timestep=950`" in record.message
+
+
+def test_a_projection_does_not_hide_tokens_that_are_no_numbers(warnings):
+    pipe = projecting()
+    with torch.no_grad():
+        pipe.transformer.head.out_proj.weight *= float("nan")
+    latents(pipe, 1, generator=seeds(0))
+    assert "tokens reach nan" in warnings.text
 
 
 def test_sane_tokens_are_not_reported(pipe, warnings):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pixels and every kind of autoencoder: round trips, geometry, statistics, randomness, saving."""
 
+import copy
 import math
 
 import pytest
@@ -23,7 +24,7 @@ from transformers import AutoModel
 
 from common import assert_same_tensors, relative_error, seeded
 from mar_hf import ImageTokenizer, ImageTokenizerConfig
-from mar_hf.tokenizers import AUTOENCODERS
+from mar_hf.tokenizers import AUTOENCODERS, NORMALIZERS
 from tiny_pipelines import tiny_pipeline
 
 
@@ -483,6 +484,42 @@ def test_layer_norm_gives_every_token_unit_variance():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("patch_size", [1, 4])
+def test_every_token_is_put_on_the_sphere_and_decoded_from_there(patch_size):
+    statistics = {"patch_size": patch_size, "shift_factor": [0.2, -0.1, 0.0], "scaling_factor": [3.0, 1.0, 0.5]}
+    tokenizer, images = pixels(normalizer="sphere", **statistics), pictures()
+    encoded, radius = tokenizer.encode(images), math.sqrt(3 * patch_size**2)
+    assert (encoded.tokens.norm(dim=-1) - radius).abs().max() < 1e-5
+    assert encoded.tokens.square().mean().item() == pytest.approx(1, abs=1e-5)
+    assert torch.equal(tokenizer.patchify(encoded.latents), encoded.tokens)
+    # Shift and scale come before.
+    plain = pixels(**statistics).encode(images).tokens
+    assert relative_error(encoded.tokens, radius * plain / plain.norm(dim=-1, keepdim=True)) < 1e-6
+    # Decoding undoes these two and goes on from the sphere, where another round leaves everything.
+    assert torch.equal(tokenizer.decode(encoded.tokens), pixels(**statistics).decode(encoded.tokens))
+    assert relative_error(tokenizer(tokenizer(images)), tokenizer(images)) < 1e-5
+
+
+@torch.no_grad()
+def test_a_token_without_a_direction_stays_zero():
+    tokenizer, images = pixels(patch_size=8, normalizer="sphere", shift_factor=[0.25, 0.5, 0.0]), pictures()
+    images[:, :, :8, :8] = torch.tensor([0.25, 0.5, 0.0]).view(3, 1, 1)
+    tokens = tokenizer.encode(images).tokens
+    assert tokens[:, 0].abs().max() == 0 and tokens.isfinite().all()
+    assert torch.equal(tokenizer(images)[:, :, :8, :8], images[:, :, :8, :8])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_the_normaliser_comes_back(normalizer, tmp_path):
+    tokenizer, images = ImageTokenizer.from_autoencoder(build("AutoencoderTiny"), normalizer=normalizer), pictures()
+    tokenizer.save_pretrained(tmp_path)
+    for again in (ImageTokenizer.from_pretrained(tmp_path), copy.deepcopy(tokenizer)):
+        assert again.projection is NORMALIZERS[normalizer]
+        assert torch.equal(again.encode(images).tokens, tokenizer.encode(images).tokens)
+
+
+@torch.no_grad()
 def test_layer_norm_on_grids_that_are_not_square():
     tokenizer = pixels(patch_size=4, normalizer="token_layer_norm")
     encoded = tokenizer.encode(pictures(1, 8, 24))
@@ -562,7 +599,7 @@ def test_moments_of_pixels():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("normalizer", ["affine", "token_layer_norm"])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("name", BUILDERS)
 def test_moments_are_sampled_without_weights(name, normalizer):
     channels = channels_of(build(name))

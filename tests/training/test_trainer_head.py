@@ -27,8 +27,10 @@ SETTINGS = {
     "lr_warmup_steps": 1,
     "logging_steps": 1,
     "validation_images": 1,
+    "generation_defaults": {"num_inference_steps": 2, "num_diffusion_steps": 2},
     "report_to": "none",
 }
+IN_PARTS = {"checkpointing_steps": 2, "lr_scheduler": "constant_with_warmup"}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,7 @@ def folders(tmp_path_factory):
 
 
 def run(folders, output, **settings):
+    forget_accelerate()
     trainer = HeadTrainer(TrainingArguments(**folders, output_dir=str(output), **{**SETTINGS, **settings}))
     trainer.train()
     forget_accelerate()
@@ -52,10 +55,17 @@ def states(path):
     return load_file(path / "pipeline" / "transformer" / "model.safetensors")
 
 
-def test_the_backbone_stays_and_the_head_is_another(folders, tmp_path):
-    trainer = run(folders, tmp_path)
+@pytest.fixture(scope="module")
+def whole(folders, tmp_path_factory):
+    """A run that was not cut off: its trainer, and where it wrote."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(folders, folder, **IN_PARTS), folder
+
+
+def test_the_backbone_stays_and_the_head_is_another(whole, folders):
+    trainer, folder = whole
     before = MARPipeline.from_pretrained(folders["pretrained_model_name_or_path"]).transformer
-    pipe = MARPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe = MARPipeline.from_pretrained(folder / "pipeline")
     after = pipe.transformer.state_dict()
     assert all(torch.equal(value, after[f"model.{name}"]) for name, value in before.model.state_dict().items())
     assert pipe.transformer.config.head_config == STUDENT["head_config"]
@@ -77,21 +87,19 @@ def test_classes_are_told_by_their_names(folders, tmp_path):
     assert torch.equal(drawn[0]["target"], drawn[1]["target"])
 
 
-def test_a_run_that_was_cut_off_ends_the_same(folders, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = {"checkpointing_steps": 2, "lr_scheduler": "constant_with_warmup"}
-    run(folders, whole, **settings)
-    run(folders, parts, **settings, max_train_steps=2)
-    drawn = (parts / "drawn.safetensors").stat().st_mtime_ns
-    run(folders, parts, **settings, resume_from_checkpoint="latest")
-    assert (parts / "drawn.safetensors").stat().st_mtime_ns == drawn
-    expected, found = states(whole), states(parts)
+def test_a_run_that_was_cut_off_ends_the_same(whole, folders, tmp_path):
+    run(folders, tmp_path, **IN_PARTS, max_train_steps=2)
+    drawn = (tmp_path / "drawn.safetensors").stat().st_mtime_ns
+    run(folders, tmp_path, **IN_PARTS, resume_from_checkpoint="latest")
+    assert (tmp_path / "drawn.safetensors").stat().st_mtime_ns == drawn
+    expected, found = states(whole[1]), states(tmp_path)
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("pipeline", [tiny_pipeline, tiny_text_pipeline])
 def test_what_is_noted_is_what_was_drawn(pipeline):
-    pipe, call = pipeline(), {"class_labels": [1, 2], "output_type": "latent", "guidance_scale": 3.0}
+    pipe, call = pipeline(), {"class_labels": [1, 2], "output_type": "latent"}
+    call |= {"guidance_scale": 3.0, "guidance_schedule": "constant"}
     head = pipe.transformer.head
     expected = pipe(**call, generator=seeds(0, 1)).images
     with noted_draws(head, guides_condition=True) as guided:
@@ -101,7 +109,7 @@ def test_what_is_noted_is_what_was_drawn(pipeline):
     assert "draw" not in vars(head)
     counts = [tokens.shape[1] for _, tokens in guided]
     assert sum(counts) == 16 and all(len(tokens) == 2 for _, tokens in guided)
-    # Both branches of the same steps; the last has the whole scale of the linear schedule.
+    # Both branches of the same steps.
     assert [tokens.shape[1] for _, tokens in apart] == [2 * count for count in counts]
     condition, negative = apart[-1][0].chunk(2, 1)
     torch.testing.assert_close(guided[-1][0], negative + 3 * (condition - negative))
@@ -149,7 +157,7 @@ def test_each_trainer_does_its_own_work(trainer, distils, folders, tmp_path):
         trainer(TrainingArguments(**folders, output_dir=str(tmp_path), **{**SETTINGS, "distill_head": distils}))
 
 
-def test_other_pictures_than_those_asked_for(folders, tmp_path):
-    run(folders, tmp_path, max_train_steps=1, checkpointing_steps=None)
-    with pytest.raises(ValueError, match="`distill_images` has to be 6"):
-        run(folders, tmp_path, distill_images=7)
+def test_other_pictures_than_those_asked_for(whole, folders):
+    with pytest.raises(ValueError, match="`distill_images` 6, got 7"):
+        run(folders, whole[1], **IN_PARTS, distill_images=7, resume_from_checkpoint="latest")
+    forget_accelerate()

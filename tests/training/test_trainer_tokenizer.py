@@ -157,6 +157,22 @@ def test_tokens_have_unit_variance_and_psnr_is_that_of_pictures_held_out(picture
     assert losses(folder)[-1] < 0.8 * losses(folder)[0]
 
 
+def test_an_autoencoder_learns_with_its_normaliser(pictures, tmp_path):
+    settings = DC | {"normalizer": "sphere", "patch_size": 2, "latent_channels": 4, "learning_rate": 1e-2}
+    settings |= {"train_batch_size": 10, "max_train_steps": 20, "validation_steps": 20, "ema_decay": 0.5}
+    said = summary(pictures, tmp_path, **settings)
+    tokenizer, images = ImageTokenizer.from_pretrained(tmp_path), pixels(pictures)
+    assert (tokenizer.config.normalizer, tokenizer.config.patch_size) == ("sphere", 2)
+    # The decoder knows normalised tokens: nothing is between them and it.
+    assert (tokenizer.config.shift_factor, tokenizer.config.scaling_factor) == (0.0, 1.0)
+    norms = tokenizer.encode(images, generator=seeded()).tokens.norm(dim=-1)
+    torch.testing.assert_close(norms, torch.full_like(norms, 4), rtol=1e-5, atol=0)
+    expected = psnr(tokenizer, images)
+    assert f"PSNR {expected:.2f} dB over 10 training" in said
+    assert losses(tmp_path, "psnr")[-1] == pytest.approx(expected, abs=1e-3)
+    assert losses(tmp_path)[-1] < 0.8 * losses(tmp_path)[0]
+
+
 def test_psnr_of_training_pictures_and_of_another_folder(trained, pictures, tmp_path):
     folder = tmp_path / "run"
     said = summary(pictures, folder)
@@ -421,6 +437,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
         ({**DC, "latent_noise": 0.0}, r"`latent_noise` has to be above 0 for `autoencoder` dc, got 0\.0"),
         ({"autoencoder": "dc"}, r"`layers_per_block` has to be .* got \[1\]"),
         ({"resolution": 9}, "`resolution` has to be a multiple of 2, got 9"),
+        ({"resolution": 10, "patch_size": 2}, "`resolution` has to be a multiple of 4, got 10"),
+        ({"patch_size": 0}, "`patch_size` has to be at least 1, got 0"),
+        ({"normalizer": "batch"}, r"`normalizer` has to be one of \['affine', .*'sphere'\], got 'batch'"),
+        ({**VQ, "normalizer": "sphere"}, "`normalizer` has to be affine for `autoencoder` vq, got 'sphere'"),
         ({"max_train_steps": 0}, "`max_train_steps` has to be at least 1, got 0"),
         ({"perceptual_weights": "x.pt"}, "`perceptual_weights` is used with a `perceptual_weight` above 0 only"),
         ({"discriminator_start": 0, "mixed_precision": "fp16"}, "`mixed_precision` fp16 does not go with a discrim"),

@@ -4,16 +4,19 @@
 import logging
 import multiprocessing
 import runpy
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .folders import write_json
+from tqdm.auto import tqdm
+
+from .folders import read_json, write_json
 
 
 @contextmanager
@@ -33,33 +36,57 @@ def output_to(path: str | PathLike) -> Iterator[None]:
             logging.getLogger().removeHandler(handler)
 
 
-def write_result(path: str | PathLike, log: str | PathLike, function: Callable[..., dict], *inputs: Any) -> None:
-    """Write what a part of an experiment finds, and how long it took, to a JSON file.
+def once(folder: str | PathLike, name: str, function: Callable[..., dict], *inputs: Any) -> None:
+    """Write what a part of an experiment finds, and how long it took, where that is not there yet.
+
+    `results/<name>.json` is written when the part is done; `logs/<name>.log` gets what it prints.
 
     Args:
-        path (`str` or `os.PathLike`): of the file; written when the part is done.
-        log (`str` or `os.PathLike`): gets what the part prints.
+        folder (`str` or `os.PathLike`): of the experiment.
+        name (`str`): of the part, which is told before it starts.
         function (`Callable`): the part; returns what it found, a `dict` for JSON.
         inputs (`Any`): what it takes.
     """
+    file = Path(folder, "results", f"{name}.json")
+    if file.exists():
+        return
+    tqdm.write(f"{time.strftime('%H:%M:%S')} {name}")
     start = time.perf_counter()
-    with output_to(log):
+    with output_to(Path(folder, "logs", f"{name}.log")):
         found = function(*inputs)
-    write_json(path, found | {"seconds": time.perf_counter() - start})
+    write_json(file, found | {"seconds": time.perf_counter() - start})
 
 
-def run_script(path: str | PathLike, words: Sequence[str]) -> None:
+def read_result(folder: str | PathLike, name: str) -> dict[str, Any]:
+    """What `once` wrote.
+
+    Args:
+        folder (`str` or `os.PathLike`): of the experiment.
+        name (`str`): of the part.
+
+    Returns:
+        `dict[str, Any]`: what the part found, and its `seconds`.
+    """
+    return read_json(Path(folder, "results", f"{name}.json"))
+
+
+def run_script(path: str | PathLike, words: Iterable[object]) -> str:
     """Run a program as its users do, but in this process: nothing is imported again.
 
     Args:
         path (`str` or `os.PathLike`): of its file.
-        words (`Sequence[str]`): of its command line.
+        words (`Iterable`): of its command line.
+
+    Returns:
+        `str`: the command line.
     """
+    words = list(map(str, words))
     before, sys.argv = sys.argv, [str(path), *words]
     try:
         runpy.run_path(str(path), run_name="__main__")
     finally:
         sys.argv = before
+    return shlex.join([f"{Path(path).parent.name}/{Path(path).name}", *words])
 
 
 def run_all(tasks: Sequence[Callable[[], None]], jobs: int) -> None:

@@ -158,3 +158,37 @@ def draw_points(
         axis.margins(x=0.3, y=0.15)
         axis.grid(alpha=0.3)
         figure.tight_layout()
+
+
+def draw_curves(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float | None, str]]]],
+    xlabel: str,
+    ylabel: str,
+    path: str | PathLike,
+    levels: Mapping[str, float] | None = None,
+) -> None:
+    """Curves through named points with deviations, on logarithmic axes, a panel for each group of curves.
+
+    Args:
+        panels (`Mapping`): title -> name of each curve -> its points: place, mean, deviation (or None), name.
+        xlabel (`str`): what the places are.
+        ylabel (`str`): what the means are.
+        path (`str` or `os.PathLike`): of the PNG file.
+        levels (`Mapping[str, float]`, *optional*): name -> a number to compare with, a dashed line in every panel.
+    """
+    with saved_figure(path, (6.5 * len(panels), 5)) as figure:
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+            for number, (name, points) in enumerate(curves.items()):
+                places, means, deviations, texts = zip(*points, strict=True)
+                errors = [deviation or 0 for deviation in deviations]
+                axis.errorbar(places, means, errors, marker="osD^v<>PX*"[number % 10], capsize=2, label=name)
+                for place, mean, text in zip(places, means, texts, strict=True):
+                    axis.annotate(text, (place, mean), (4, 4), textcoords="offset points", fontsize=7)
+            for (name, value), style in zip((levels or {}).items(), ("--", ":", "-.")):
+                axis.axhline(value, color="grey", linestyle=style, label=name)
+            axis.set(xscale="log", yscale="log", title=title, xlabel=xlabel)
+            axis.grid(alpha=0.3, which="both")
+            axis.legend(fontsize=8)
+        axes[0].set_ylabel(ylabel)
+        figure.tight_layout()

@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SAMPLING = (
     *("num_inference_steps", "num_diffusion_steps", "guidance_scale", "temperature"),
     *("guidance_schedule", "token_schedule", "head_step_schedule", "generation_order"),
-    *("guidance_interval", "guidance_refresh"),
+    *("guidance_interval", "guidance_refresh", "decoding", "detail_share"),
 )
 
 
@@ -157,7 +157,7 @@ def check_sampling(pipeline: MARPipeline, sampling: dict[str, Any], class_labels
     Raises:
         ValueError: if it has no such argument, or refuses the value.
     """
-    if unknown := sorted(sampling.keys() - pipeline.generation_defaults.keys()):
+    if unknown := sorted(sampling.keys() - {*pipeline.generation_defaults, "decoding"}):
         raise ValueError(f"unknown settings {unknown}")
     settings, config = pipeline.settings_for(**sampling), pipeline.transformer.config
     pipeline.check_inputs(settings, class_labels)
@@ -242,8 +242,8 @@ def generate(
         raise ValueError(f"unknown settings {unknown}; known are {sorted(SAMPLING)}.")
     accelerator = accelerator or make_accelerator()
     folders = choose_folders(pipeline, class_labels)
-    chosen = {name: sampling.get(name) for name in SAMPLING}
-    chosen = {name: pipeline.generation_defaults[name] if v is None else v for name, v in chosen.items()}
+    chosen = pipeline.settings_for(**sampling).to_dict()
+    chosen = {name: chosen[name] for name in SAMPLING if name in chosen}  # of `decoding` its parts
     check_sampling(pipeline, chosen, list(folders))
     chosen["guidance_interval"] = list(chosen["guidance_interval"])  # as JSON has it
     settings = {

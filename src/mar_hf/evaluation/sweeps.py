@@ -15,6 +15,7 @@ NUMBERS = {
     "guidance_scale": float,
     "guidance_refresh": int,
     "temperature": float,
+    "detail_share": float,
 }
 # An interval is two values, where a sweep has one.
 SWEEPS = [name for name in SAMPLING if name != "guidance_interval"]

@@ -5,6 +5,8 @@ from ..utils import look_up
 from .orders import (
     GENERATION_ORDERS,
     checkerboard_order,
+    gtr_order,
+    halton_order,
     nearest_order,
     random_annealed_order,
     random_order,
@@ -15,12 +17,14 @@ from .orders import (
     zigzag_order,
 )
 from .plan import (
+    DECODINGS,
     GENERATION_DEFAULTS,
     GenerationPlan,
     GenerationSettings,
     GenerationStep,
     build_settings,
     check_orders,
+    expand_decoding,
     plan_generation,
     plan_steps,
 )
@@ -32,6 +36,8 @@ from .schedules import (
     constant_head_steps,
     constant_tokens_per_step,
     cosine_tokens_per_step,
+    gtr_head_steps,
+    gtr_tokens_per_step,
     guidance_within,
     linear_guidance,
     linear_head_steps,
@@ -45,6 +51,7 @@ from .training_draws import (
 
 
 __all__ = [
+    "DECODINGS",
     "GENERATION_DEFAULTS",
     "GENERATION_ORDERS",
     "GUIDANCE_SCHEDULES",
@@ -60,7 +67,12 @@ __all__ = [
     "constant_head_steps",
     "constant_tokens_per_step",
     "cosine_tokens_per_step",
+    "expand_decoding",
+    "gtr_head_steps",
+    "gtr_order",
+    "gtr_tokens_per_step",
     "guidance_within",
+    "halton_order",
     "linear_guidance",
     "linear_head_steps",
     "look_up",

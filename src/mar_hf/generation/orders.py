@@ -113,6 +113,49 @@ def subsampled_order(
     return torch.gcd(common, coarsest).argsort(descending=True, stable=True)
 
 
+def _halton_cells(size: int, base: int, count: int) -> torch.Tensor:
+    """The first `count` numbers of van der Corput's sequence in [0, 1), each as the cell of `size` it lies in."""
+    left, reversed_digits, scale = torch.arange(1, count + 1), torch.zeros(count, dtype=torch.int64), 1
+    while scale <= count:
+        left, digit = left // base, left % base
+        reversed_digits, scale = reversed_digits * base + digit, scale * base
+    return reversed_digits * size // scale  # in integers, so that no number is rounded into another cell
+
+
+def halton_order(
+    grid_height: int, grid_width: int, generator: torch.Generator | None = None, progress: float = 1.0
+) -> torch.Tensor:
+    """The positions that the Halton sequence of the bases 2 (rows) and 3 (columns) meets, each when it is first met.
+
+    Any first tokens are spread evenly over the picture (Halton-MaskGIT, arXiv:2503.17076). Arguments and result are
+    those of [`random_order`]; nothing is drawn.
+    """
+    # 2^a 3^b points in a row hit each box of 2^-a by 3^-b once. With boxes of at most half a cell's sides, every cell
+    # has one inside.
+    count = 1
+    for base, size in ((2, grid_height), (3, grid_width)):
+        boxes = 1
+        while boxes < 2 * size:
+            boxes *= base
+        count *= boxes
+    positions = _halton_cells(grid_height, 2, count) * grid_width + _halton_cells(grid_width, 3, count)
+    first = torch.full((grid_height * grid_width,), count)
+    return first.scatter_reduce(0, positions, torch.arange(count), "amin").argsort()
+
+
+def gtr_order(
+    grid_height: int, grid_width: int, generator: torch.Generator | None = None, progress: float = 1.0
+) -> torch.Tensor:
+    """A checkerboard that is halved once more, at random within each set ("GtR", arXiv:2510.17171, with K = 3).
+
+    First come the positions whose row + column is divisible by 4, then the other even ones, last the odd ones, all of
+    whose neighbours are there by then. Arguments and result are those of [`random_order`].
+    """
+    shuffled = random_order(grid_height, grid_width, generator)
+    sums = shuffled // grid_width + shuffled % grid_width
+    return shuffled[torch.gcd(sums, torch.tensor(4)).argsort(descending=True, stable=True)]
+
+
 def random_ratio(progress: float, start: float = 0.5, end: float = 0.75) -> float:
     """The share of random orders at a point of the training: 1, then linearly down to 0 (RAR, arXiv:2411.00776).
 
@@ -150,5 +193,7 @@ GENERATION_ORDERS: dict[str, Callable[..., torch.Tensor]] = {
     "nearest": nearest_order,
     "checkerboard": checkerboard_order,
     "subsampled": subsampled_order,
+    "halton": halton_order,
+    "gtr": gtr_order,
     "random_annealed": random_annealed_order,
 }

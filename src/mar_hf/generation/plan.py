@@ -19,12 +19,17 @@ REAL_SETTINGS = {
     "guidance_scale": (-1000, 1000, "a finite number of at least -1000 and at most 1000"),
     "temperature": (0, 1000, "a finite number of at least 0 and at most 1000"),
     "context_noise": (0, 1, "a number in [0, 1]"),
+    "detail_share": (0, 1, "a number in [0, 1]"),
 }
 TABLES = {
     "generation_order": GENERATION_ORDERS,
     "token_schedule": TOKEN_SCHEDULES,
     "guidance_schedule": GUIDANCE_SCHEDULES,
     "head_step_schedule": HEAD_STEP_SCHEDULES,
+}
+# What `decoding` stands for. GtR: arXiv:2510.17171.
+DECODINGS: dict[str, dict[str, Any]] = {
+    "gtr": {"generation_order": "gtr", "token_schedule": "gtr", "head_step_schedule": "gtr", "detail_share": 0.1},
 }
 
 
@@ -50,6 +55,8 @@ class GenerationSettings:
         guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`): shares of the steps between
             which there is guidance.
         guidance_refresh (`int`, *optional*, defaults to 1): guided steps for one pass without the class.
+        detail_share (`float`, *optional*, defaults to 0.0): the share of a step's tokens, those with most detail, that
+            take all `num_diffusion_steps` where a schedule gives fewer, once half of the tokens are there.
         limits (`Mapping[str, int]`, *optional*): the most of some counts that a model and its scheduler allow.
 
     Raises:
@@ -68,6 +75,7 @@ class GenerationSettings:
     head_kwargs: dict[str, Any] | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_refresh: int = 1
+    detail_share: float = 0.0
     limits: InitVar[Mapping[str, int] | None] = None
 
     def __post_init__(self, limits: Mapping[str, int] | None) -> None:
@@ -125,11 +133,30 @@ class GenerationSettings:
 GENERATION_DEFAULTS: dict[str, Any] = asdict(GenerationSettings())
 
 
+def expand_decoding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with all parts of `decoding` in its place.
+
+    Args:
+        settings (`Mapping[str, Any]`): by name; those beside `decoding` go before its parts. None stands for no
+            `decoding`.
+
+    Returns:
+        `dict[str, Any]`: without `decoding`.
+
+    Raises:
+        ValueError: if it is no name in `DECODINGS`.
+    """
+    rest = dict(settings)
+    decoding = rest.pop("decoding", None)
+    return rest if decoding is None else look_up(DECODINGS, decoding, "decoding") | rest
+
+
 def build_settings(*sources: Mapping[str, Any] | None) -> GenerationSettings:
     """Settings from several sources, the later ones over the earlier ones.
 
     Args:
-        sources (`Mapping[str, Any]`, *optional*): settings by name, as a checkpoint's `generation_defaults` has them.
+        sources (`Mapping[str, Any]`, *optional*): settings by name, and maybe `decoding`, as a checkpoint's
+            `generation_defaults` has them.
 
     Returns:
         [`GenerationSettings`]: with the paper's where nothing is said.
@@ -141,10 +168,11 @@ def build_settings(*sources: Mapping[str, Any] | None) -> GenerationSettings:
     for source in sources:
         if not isinstance(source, Mapping | None):
             raise ValueError(f"`generation_defaults` has to be a dict, got {source!r}.")
-        merged |= source or {}
-    for name in merged:
-        look_up(GENERATION_DEFAULTS, name, "generation_defaults")
+        for name in source or ():
+            look_up(GENERATION_DEFAULTS | {"decoding": None}, name, "generation_defaults")
     try:
+        for source in sources:
+            merged |= expand_decoding(source or {})
         look_up(GENERATION_ORDERS, merged.get("generation_order", "random"), "generation_order")
         return GenerationSettings(**merged)
     except ValueError as error:
@@ -185,12 +213,17 @@ class GenerationStep:
         count (`int`): tokens that it generates.
         guidance_scale (`float`): 1.0 means that the unconditional branch is not needed.
         num_diffusion_steps (`int`): head steps.
+        num_detail_tokens (`int`, *optional*, defaults to 0): so many of the tokens, those with most detail, take
+            others.
+        num_detail_steps (`int`, *optional*, defaults to 0): the head steps of these.
     """
 
     start: int
     count: int
     guidance_scale: float
     num_diffusion_steps: int
+    num_detail_tokens: int = 0
+    num_detail_steps: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +270,8 @@ def plan_steps(
     tokens_per_step = TOKEN_SCHEDULES[settings.token_schedule](num_tokens, count)
     if max_tokens_per_step is not None:
         check_tokens_per_step(tokens_per_step, num_tokens, max_tokens_per_step)
-    head_steps = HEAD_STEP_SCHEDULES[settings.head_step_schedule](settings.num_diffusion_steps, count)
+    most = settings.num_diffusion_steps
+    head_steps = HEAD_STEP_SCHEDULES[settings.head_step_schedule](most, tokens_per_step)
     scales = [1.0] * count
     if is_guided:
         scales = GUIDANCE_SCHEDULES[settings.guidance_schedule](settings.guidance_scale, tokens_per_step)
@@ -245,7 +279,8 @@ def plan_steps(
             scales = guidance_within(scales, settings.guidance_interval)
     steps, start = [], 0
     for size, scale, head in zip(tokens_per_step, scales, head_steps, strict=True):
-        steps.append(GenerationStep(start, size, scale, head))
+        details = int(settings.detail_share * size) if head < most and 2 * start >= num_tokens else 0
+        steps.append(GenerationStep(start, size, scale, head, details, most if details else 0))
         start += size
     return steps
 

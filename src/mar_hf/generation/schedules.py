@@ -7,6 +7,7 @@ table.
 
 import math
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 
@@ -43,6 +44,33 @@ def constant_tokens_per_step(num_tokens: int, num_inference_steps: int) -> list[
     """
     ends = [num_tokens * (step + 1) // num_inference_steps for step in range(num_inference_steps)]
     return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def gtr_tokens_per_step(num_tokens: int, num_inference_steps: int) -> list[int]:
+    """The sets of [`gtr_order`] one after the other, the later ones in ever fewer steps ("GtR", arXiv:2510.17171).
+
+    The last set is half of the tokens, and the two before it share the other half. They take 24, 6 and 2 of 32 steps,
+    the paper's for 256 tokens, and the same shares of other numbers: at least one each and no step without a token;
+    with fewer than three steps the first sets come together. Within a set the steps are as equal as integers allow.
+    Where half of the tokens is no even number, the second set may be one token larger or smaller than that of a grid.
+
+    Args:
+        num_tokens (`int`): L.
+        num_inference_steps (`int`): K, at most L.
+
+    Returns:
+        `list[int]`: K positive counts with the sum L.
+    """
+    counts, left, steps_left = [], num_tokens, num_inference_steps
+    for share in (2 / 32, 6 / 30):  # of the steps that are left, the last set first
+        size = left // 2
+        # As many as the sets before it can't take, and at most as many as leave one for them.
+        least = max(1, steps_left - (left - size))
+        steps = min(max(least, round(share * steps_left)), size, steps_left - 1)
+        if steps:
+            counts = constant_tokens_per_step(size, steps) + counts
+            left, steps_left = left - size, steps_left - steps
+    return constant_tokens_per_step(left, steps_left) + counts
 
 
 def check_tokens_per_step(tokens_per_step: list[int], num_tokens: int, limit: int) -> None:
@@ -122,37 +150,57 @@ def guidance_within(scales: list[float], interval: tuple[float, float] = (0.0, 1
     return [scale if start <= step / len(scales) < end else 1.0 for step, scale in enumerate(scales)]
 
 
-def constant_head_steps(num_diffusion_steps: int, num_inference_steps: int) -> list[int]:
+def constant_head_steps(num_diffusion_steps: int, tokens_per_step: list[int]) -> list[int]:
     """The same number of head steps in every autoregressive step.
 
     Args:
         num_diffusion_steps (`int`): head steps.
-        num_inference_steps (`int`): autoregressive steps.
+        tokens_per_step (`list[int]`): tokens generated in each step.
 
     Returns:
         `list[int]`: one count a step.
     """
-    return [num_diffusion_steps] * num_inference_steps
+    return [num_diffusion_steps] * len(tokens_per_step)
 
 
-def linear_head_steps(num_diffusion_steps: int, num_inference_steps: int, last: int = 5) -> list[int]:
+def linear_head_steps(num_diffusion_steps: int, tokens_per_step: list[int], last: int = 5) -> list[int]:
     """From `num_diffusion_steps` down to `last`: diffusion step annealing (DiSA, arXiv:2505.20297).
 
     The paper anneals from 50 to 5. Few steps need a scheduler whose `max_timestep` is about 950.
 
     Args:
         num_diffusion_steps (`int`): head steps in the first autoregressive step.
-        num_inference_steps (`int`): autoregressive steps.
+        tokens_per_step (`list[int]`): tokens generated in each step.
         last (`int`, *optional*, defaults to 5): head steps in the last one, or `num_diffusion_steps` if that is fewer.
 
     Returns:
         `list[int]`: one count a step.
     """
     last = min(last, num_diffusion_steps)
-    span = num_inference_steps - 1
+    span = len(tokens_per_step) - 1
     if span == 0:
         return [num_diffusion_steps]
-    return [last + int((span - step) / span * (num_diffusion_steps - last)) for step in range(num_inference_steps)]
+    return [last + int((span - step) / span * (num_diffusion_steps - last)) for step in range(span + 1)]
+
+
+def gtr_head_steps(num_diffusion_steps: int, tokens_per_step: list[int], last: float = 0.4) -> list[int]:
+    """Down to a share of `num_diffusion_steps` while half of the tokens are generated ("GtR", arXiv:2510.17171).
+
+    Linearly in the steps that start in the first half of the tokens (the paper's generation stage); the others (its
+    reconstruction stage) have the lowest number. The paper goes from 50 down to 20.
+
+    Args:
+        num_diffusion_steps (`int`): head steps in the first autoregressive step.
+        tokens_per_step (`list[int]`): tokens generated in each step.
+        last (`float`, *optional*, defaults to 0.4): the share that is left.
+
+    Returns:
+        `list[int]`: one count a step, at least 1.
+    """
+    ends, lowest = list(accumulate(tokens_per_step)), max(1, round(last * num_diffusion_steps))
+    early = sum(2 * start < ends[-1] for start in [0, *ends[:-1]])
+    annealed = linear_head_steps(num_diffusion_steps, tokens_per_step[:early], lowest)
+    return annealed + [lowest] * (len(ends) - early)
 
 
 def settings_for_budget(
@@ -194,12 +242,14 @@ def settings_for_budget(
 TOKEN_SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {
     "cosine": cosine_tokens_per_step,
     "constant": constant_tokens_per_step,
+    "gtr": gtr_tokens_per_step,
 }
 GUIDANCE_SCHEDULES: dict[str, Callable[[float, list[int]], list[float]]] = {
     "linear": linear_guidance,
     "constant": constant_guidance,
 }
-HEAD_STEP_SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {
+HEAD_STEP_SCHEDULES: dict[str, Callable[[int, list[int]], list[int]]] = {
     "constant": constant_head_steps,
     "linear": linear_head_steps,
+    "gtr": gtr_head_steps,
 }

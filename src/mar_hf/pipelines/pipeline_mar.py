@@ -22,6 +22,7 @@ from ..generation import (
     GenerationSettings,
     build_settings,
     check_orders,
+    expand_decoding,
     plan_generation,
     plan_steps,
 )
@@ -32,13 +33,15 @@ from ..onednn import by_onednn
 from ..tokenizers import ImageTokenizer
 from .calls import CallStateMixin, PipelineCall
 from .compilation import compile_transformer
+from .details import sample_by_detail
 from .guided_backbone import GuidedBackbone
 from .prompts import PromptMixin
 
 
 logger = logging.get_logger(__name__)
 
-# Tokens have unit variance; beyond this they are not tokens any more but a sampler that ran away.
+# Tokens have unit variance; beyond this they are not tokens any more but a sampler that ran away. After a projection
+# only numbers that are not finite show it.
 EXPLODED = 20.0
 MOST_PICTURES = 10_000  # of one call: more are asked for by mistake
 
@@ -96,7 +99,7 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
         id2label (`dict`, *optional*): names of the classes, by number; several names of one class are separated by
             ", ".
         generation_defaults (`dict`, *optional*): what `__call__` uses where an argument is None, saved with the
-            pipeline; keys are those of `GENERATION_DEFAULTS`, which fill the gaps.
+            pipeline; keys are those of `GENERATION_DEFAULTS`, which fill the gaps, and `decoding`.
         guider (`BaseGuidance`, *optional*): how guidance is done within the head, in place of the linear rule:
             `ClassifierFreeGuidance`, `ClassifierFreeZeroStarGuidance`, `AdaptiveProjectedGuidance`,
             `AdaptiveProjectedMixGuidance`, `TangentialClassifierFreeGuidance` or `MagnitudeAwareGuidance` of
@@ -234,8 +237,11 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
         most = head.most_steps if head.scheduler_class is None else self.scheduler.config.num_train_timesteps
         limits = {"num_inference_steps": config.grid_height * config.grid_width, "num_diffusion_steps": most}
         given = {name: value for name, value in given.items() if value is not None}
+        if "decoding" in given:
+            given = expand_decoding(given)
         if not given.keys() <= GENERATION_DEFAULTS.keys():
-            raise ValueError(f"Settings have to be in {sorted(GENERATION_DEFAULTS)}, got {sorted(given)}.")
+            known = sorted([*GENERATION_DEFAULTS, "decoding"])
+            raise ValueError(f"Settings have to be in {known}, got {sorted(given)}.")
         for name, most in limits.items():
             if name not in given and getattr(defaults, name) > most:
                 raise ValueError(
@@ -283,6 +289,11 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
             raise ValueError(
                 f"`guidance_refresh` has to be 1 for a causal model, got {settings.guidance_refresh}: its cache needs "
                 "every step."
+            )
+        if settings.token_schedule == "gtr" and getattr(config, "max_tokens_per_step", None) == 1:
+            raise ValueError(
+                "`decoding` and `token_schedule` 'gtr' need a model that predicts several tokens a step; the "
+                "`max_tokens_per_step` of this causal model is 1."
             )
         self.transformer.head.check_scheduler(self.scheduler, settings.temperature, **settings.head_kwargs or {})
         if self.guider is not None:
@@ -389,6 +400,8 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
         head_kwargs: dict[str, Any] | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_refresh: int | None = None,
+        decoding: str | None = None,
+        detail_share: float | None = None,
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -413,8 +426,8 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
             guidance_scale (`float`, *optional*): classifier-free guidance; 1.0 means none.
             num_diffusion_steps (`int`, *optional*): steps of the token head's sampler.
             guidance_schedule (`str`, *optional*): a name in `GUIDANCE_SCHEDULES`: linear or constant.
-            token_schedule (`str`, *optional*): a name in `TOKEN_SCHEDULES`: cosine or constant.
-            head_step_schedule (`str`, *optional*): a name in `HEAD_STEP_SCHEDULES`: constant, or linear annealing.
+            token_schedule (`str`, *optional*): a name in `TOKEN_SCHEDULES`: cosine, constant or gtr.
+            head_step_schedule (`str`, *optional*): a name in `HEAD_STEP_SCHEDULES`: constant, linear annealing or gtr.
             temperature (`float`, *optional*): multiplies the noise that the diffusion head's sampler injects; divides
                 the logits of a categorical head.
             generation_order (`str` or `torch.Tensor` of shape `(batch, num_tokens)`, *optional*): a name in
@@ -436,6 +449,12 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
             guidance_refresh (`int`, *optional*): guided steps for which one pass of the backbone without the class
                 serves: what the class changes in the conditions is taken over from the first of them (the condition
                 cache of LazyMAR, arXiv:2503.12450). 1, in every step, is exact; causal models know no other.
+            decoding (`str`, *optional*): a name in `DECODINGS`, which stands for an order, schedules and a
+                `detail_share` that belong together; what the call says of one of them goes before it. "gtr" is
+                generation, then reconstruction (arXiv:2510.17171); the numbers of steps are not part of it.
+            detail_share (`float`, *optional*): share of a step's tokens, those with most detail in their conditions,
+                that take all `num_diffusion_steps` where `head_step_schedule` gives fewer, once half of the tokens
+                are there (GtR's frequency-weighted selection); 0.0 means none.
             prompt_embeds (`torch.Tensor` of shape `(texts, length, text_dim)`, *optional*): the text encoder's states,
                 instead of `prompt`.
             prompt_attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*): 1 for tokens, 0 for padding
@@ -446,7 +465,8 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
             output_type (`str`, *optional*, defaults to `"pil"`): pil, np, pt (in [0, 1]) or latent (unit-scaled grid).
             return_dict (`bool`, *optional*, defaults to `True`): False gives a tuple.
             callback_on_step_end (`Callable`, *optional*): called after each autoregressive step with the pipeline, the
-                step, the number of tokens done and a dict; `latents` in the dict that it returns replace the picture.
+                step, the number of tokens done and a dict; `latents` in the dict that it returns replace the picture,
+                as they are: none of the tokenizer's normalisers is applied to them.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`): what the dict
                 holds: `latents` (the grid so far, 0 where nothing is yet) and `mask`.
             max_sequence_length (`int`, *optional*): tokens after which a text is cut, with a warning; None means the
@@ -474,6 +494,8 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
             head_kwargs=head_kwargs,
             guidance_interval=guidance_interval,
             guidance_refresh=guidance_refresh,
+            decoding=decoding,
+            detail_share=detail_share,
         )
         texts = {
             "prompt": prompt,
@@ -554,8 +576,13 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
                     "temperature": settings.temperature,
                     "noise": plan.noise.gather(1, positions[..., None, None].expand(-1, -1, *plan.noise.shape[2:])),
                     "generator": generator,
+                    **(settings.head_kwargs or {}),
                 }
-                sampled = sample(None, sampling=given | (settings.head_kwargs or {}))
+                sampled = (
+                    sample_by_detail(sample, given, step) if step.num_detail_tokens else sample(None, sampling=given)
+                )
+                if self.vae.projection is not None:
+                    sampled = self.vae.projection(sampled)
                 tokens = tokens.scatter(1, positions[..., None].expand_as(sampled), sampled)
                 mask = mask.scatter(1, positions, False)
                 if callback is not None:

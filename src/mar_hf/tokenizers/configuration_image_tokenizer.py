@@ -7,9 +7,7 @@ import math
 from transformers import PreTrainedConfig
 
 from ..utils import check_count, strict_configuration
-
-
-NORMALIZERS = ("affine", "token_layer_norm")
+from .normalizers import NORMALIZERS
 
 
 @strict_configuration
@@ -22,8 +20,10 @@ class ImageTokenizerConfig(PreTrainedConfig):
         in_channels (`int`, *optional*): channels of the pictures. None takes the autoencoder's, or 3 for pixels.
         patch_size (`int`, *optional*, defaults to 1): side, in latent positions, of the square that makes one token.
         normalizer (`str`, *optional*, defaults to `"affine"`): `"affine"`: latents = (z - shift_factor) *
-            scaling_factor; `"token_layer_norm"`: the same, then layer norm without weights over each token (not
-            undone by decoding).
+            scaling_factor; `"token_layer_norm"`: the same, then layer norm without weights over each token;
+            `"sphere"`: the same, then each token is projected to the sphere of radius sqrt(token_dim) (SphereAR,
+            arXiv:2509.24335). Decoding undoes shift and scale only: the autoencoder should be trained on what the
+            other two leave. Pipelines apply them to the tokens that the head samples, too.
         shift_factor (`float` or `list[float]`, *optional*, defaults to 0.0): subtracted from the autoencoder's
             latents, for all channels or per channel.
         scaling_factor (`float` or `list[float]`, *optional*, defaults to 1.0): multiplies the shifted latents, for all
@@ -58,7 +58,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         check_count("patch_size", self.patch_size)
         if self.normalizer not in NORMALIZERS:
-            raise ValueError(f"`normalizer` has to be one of {NORMALIZERS}, got {self.normalizer!r}.")
+            raise ValueError(f"`normalizer` has to be one of {tuple(NORMALIZERS)}, got {self.normalizer!r}.")
         if self.autoencoder is not None and not {"_class_name", "latent_channels"} <= self.autoencoder.keys():
             raise ValueError(f"`autoencoder` has to hold `_class_name` and `latent_channels`, got {self.autoencoder}.")
         try:

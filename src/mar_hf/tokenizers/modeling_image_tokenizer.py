@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from ..loading import StrictLoadingMixin
 from .configuration_image_tokenizer import ImageTokenizerConfig
+from .normalizers import NORMALIZERS
 
 
 AUTOENCODERS = {
@@ -114,6 +115,8 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         token_dim (`int`): numbers in one token: channels times `patch_size` squared.
         stride (`int`): pixels along one side of a token.
         is_variational (`bool`): whether pictures have a posterior to sample, not one value.
+        projection (`Callable`, *optional*): what the normaliser does to tokens `(..., token_dim)` after shift and
+            scale: one of `NORMALIZERS`. None: nothing.
         force_upcast (`bool`): whether the autoencoder would overflow in float16 and stays in float32 there.
 
     Raises:
@@ -142,6 +145,7 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         self.latent_channels = config.latent_channels
         self.token_dim = config.latent_channels * config.patch_size**2
         self.stride = downsampling * config.patch_size
+        self.projection = NORMALIZERS[config.normalizer]
         self.is_variational = self.autoencoder is not None and config.autoencoder["_class_name"] in VARIATIONAL
         self.force_upcast = self.autoencoder is not None and bool(self.autoencoder.config.get("force_upcast"))
         if self.force_upcast:
@@ -316,8 +320,8 @@ class ImageTokenizer(StrictLoadingMixin, PreTrainedModel):
         shift, scale = self._statistics(latents.device)
         latents = (latents.float() - shift) * scale
         tokens = self.patchify(latents)
-        if self.config.normalizer == "token_layer_norm":
-            tokens = nn.functional.layer_norm(tokens, tokens.shape[-1:])
+        if self.projection is not None:
+            tokens = self.projection(tokens)
             latents = self.unpatchify(tokens, latents.shape[2] // self.config.patch_size)
         return ImageTokenizerOutput(latents=latents, tokens=tokens)
 

@@ -18,6 +18,7 @@ from diffusers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
 from transformers import HfArgumentParser
 
 from ..generation import build_settings
+from ..tokenizers import NORMALIZERS
 from ..utils import import_extra, look_up
 from .picture_modes import check_channels
 from .text_data import check_templates
@@ -312,6 +313,11 @@ class TokenizerTrainingArguments(BaseTrainingArguments):
     )
     latent_channels: int = field(default=8, metadata={"help": "channels of the latent grid"})
     latent_noise: float = field(default=0.3, metadata={"help": "deviation of the dc autoencoder's posterior"})
+    patch_size: int = field(default=1, metadata={"help": "latent positions along a token's side"})
+    normalizer: str = field(
+        default="affine",
+        metadata={"help": f"of the tokens: {', '.join(NORMALIZERS)}; all but affine are trained with (kl, dc)"},
+    )
 
     num_codes: int = field(default=256, metadata={"help": "vectors of the vq autoencoder's codebook"})
     code_restart_steps: int = field(default=20, metadata={"help": "codes not used for so many steps start anew"})
@@ -338,7 +344,7 @@ class TokenizerTrainingArguments(BaseTrainingArguments):
     at_least: ClassVar[dict[str, float]] = {
         **BaseTrainingArguments.at_least,
         **{name: 1 for name in ("validation_steps", "num_codes", "code_restart_steps", "resolution")},
-        **{name: 1 for name in ("latent_channels",)},
+        **{name: 1 for name in ("latent_channels", "patch_size")},
         **{name: 0 for name in ("random_shift", "kl_weight", "perceptual_weight", "discriminator_weight")},
         **{name: 0 for name in ("discriminator_start",)},
     }
@@ -351,6 +357,10 @@ class TokenizerTrainingArguments(BaseTrainingArguments):
             raise ValueError(f"`autoencoder` has to be kl, dc or vq, got {self.autoencoder!r}.")
         if self.autoencoder == "dc" and not self.latent_noise > 0:
             raise ValueError(f"`latent_noise` has to be above 0 for `autoencoder` dc, got {self.latent_noise}.")
+        if self.normalizer not in NORMALIZERS:
+            raise ValueError(f"`normalizer` has to be one of {list(NORMALIZERS)}, got {self.normalizer!r}.")
+        if self.normalizer != "affine" and self.autoencoder == "vq":
+            raise ValueError(f"`normalizer` has to be affine for `autoencoder` vq, got {self.normalizer!r}.")
         if self.quantize and self.autoencoder != "vq":
             raise ValueError(f"`quantize` goes with `autoencoder` vq only, got {self.autoencoder!r}.")
         levels, layers = len(self.block_out_channels), self.layers_per_block
@@ -360,8 +370,8 @@ class TokenizerTrainingArguments(BaseTrainingArguments):
             raise ValueError(
                 f"`layers_per_block` has to be one number (kl, vq) or one a resolution (dc), got {layers}."
             )
-        if self.resolution % 2 ** (levels - 1):
-            raise ValueError(f"`resolution` has to be a multiple of {2 ** (levels - 1)}, got {self.resolution}.")
+        if self.resolution % (stride := 2 ** (levels - 1) * self.patch_size):
+            raise ValueError(f"`resolution` has to be a multiple of {stride}, got {self.resolution}.")
         if self.perceptual_weights is not None and not self.perceptual_weight:
             raise ValueError("`perceptual_weights` is used with a `perceptual_weight` above 0 only.")
         precision = self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")

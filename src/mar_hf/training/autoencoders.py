@@ -2,12 +2,13 @@
 """Autoencoders that a small image tokenizer is trained from, and what is measured of them."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, VQModel
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..tokenizers import ImageTokenizer
+from ..tokenizers import ImageTokenizer, ImageTokenizerOutput
 from .arguments import TokenizerTrainingArguments
 
 
@@ -61,12 +62,15 @@ class Reconstruction(torch.nn.Module):
     Args:
         vae (`Autoencoder`): what is trained.
         latent_noise (`float`): deviation of the posterior, where the encoder predicts none.
+        sample_moments (`Callable`): of the `ImageTokenizer` that this becomes, without shift and scale: what it makes
+            of a draw is what the decoder sees.
     """
 
-    def __init__(self, vae: Autoencoder, latent_noise: float):
+    def __init__(self, vae: Autoencoder, latent_noise: float, sample_moments: Callable[..., ImageTokenizerOutput]):
         super().__init__()
         self.vae = vae
         self.latent_noise = latent_noise
+        self.sample_moments = sample_moments
         if isinstance(vae, VQModel):
             # How often each code was used of late: a part of what resuming needs.
             self.register_buffer("usage", torch.zeros(vae.config.num_vq_embeddings))
@@ -85,7 +89,8 @@ class Reconstruction(torch.nn.Module):
         else:
             mean, std = encoded.latent, torch.full_like(encoded.latent, self.latent_noise)
         noise = randn_tensor(mean.shape, generators, mean.device, torch.float32).to(mean)
-        restored = self.vae.decode(mean + std * noise).sample
+        latents = self.sample_moments(mean + std * noise, None).latents
+        restored = self.vae.decode(latents.to(mean)).sample
         mean, std = mean.float(), std.float()
         return restored, 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean(), None, None
 

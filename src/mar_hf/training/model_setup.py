@@ -13,7 +13,7 @@ from diffusers import SchedulerMixin
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..generation import TOKEN_SCHEDULES
+from ..generation import TOKEN_SCHEDULES, expand_decoding
 from ..heads import TokenHead
 from ..models import BACKBONES, MARConfig, check_text_encoder
 from ..pipelines import MARPipeline
@@ -514,7 +514,7 @@ def build_generation_defaults(
     guided = can_be_guided(model.config, names)
     if not guided:
         defaults.pop("guidance_scale", None)  # of a pipeline that was trained for it, or that of the recipe
-    defaults |= json.loads(args.generation_defaults or "{}")
+    defaults |= expand_decoding(json.loads(args.generation_defaults or "{}"))
     defaults = {name: value for name, value in defaults.items() if value is not None}
     if not guided and defaults.setdefault("guidance_scale", 1.0) != 1.0:
         warnings.warn(
@@ -524,7 +524,7 @@ def build_generation_defaults(
         )
     if "num_inference_steps" in defaults:
         defaults["num_inference_steps"] = min(defaults["num_inference_steps"], model.config.num_tokens)
-        settings = {"token_schedule": "cosine", **model.sampling_defaults, **defaults}
+        settings = {"token_schedule": "cosine", **model.sampling_defaults, **expand_decoding(defaults)}
         schedule = look_up(TOKEN_SCHEDULES, settings["token_schedule"], "token_schedule")
         model.check_tokens_per_step(schedule(model.config.num_tokens, settings["num_inference_steps"]))
     return defaults

@@ -67,6 +67,7 @@ class Progress:
             ValueError: if the data is other data, or a setting can't be changed.
         """
         state = json.loads(state["json"])
+        changed = changed_settings(state.get("settings", {}), self.settings)
         if state["num_examples"] != self.num_examples:
             raise ValueError(
                 f"The checkpoint was trained on {state['num_examples']} examples, the data now has "
@@ -75,7 +76,7 @@ class Progress:
         if state["seed"] != self.seed:
             raise ValueError(f"The checkpoint was trained with `seed` {state['seed']}, got {self.seed}.")
         check_data(state.get("data", {}), self.data)
-        return changed_settings(state.get("settings", {}), self.settings)
+        return changed
 
     def load_state_dict(self, state: dict[str, str]) -> None:
         """Take over what `state_dict` gave, and note what is set otherwise from here on.

@@ -41,7 +41,8 @@ class TokenizerTrainer(BaseTrainer):
     divergence of the posterior from N(0, 1) per latent number or, for `vq`, the squared distance of latents and their
     vectors (arXiv:1711.00937), if asked for + a distance in features, and + the verdict of a discriminator of patches,
     as latent diffusion has it (arXiv:2112.10752). At the end the latents' mean and deviation are measured per channel
-    over the data, so that tokens have zero mean and unit variance.
+    over the data, so that tokens have zero mean and unit variance. With another `normalizer` than `affine` the decoder
+    is trained on normalised tokens instead, which follows the draw from the posterior, and nothing is measured.
 
     `output_dir` then is an `ImageTokenizer`; beside it lie `grid.png` (pictures above their reconstructions),
     `loss.csv`, `loss.png`, `samples/`, and `checkpoint-<step>/`.
@@ -71,12 +72,11 @@ class TokenizerTrainer(BaseTrainer):
 
         set_seed(args.seed)
         self.vae = build_autoencoder(args)
+        reconstruction = Reconstruction(self.vae, args.latent_noise, self.wrap().sample_moments)
         self.perceptual = None
         if args.perceptual_weight:
             self.perceptual = PerceptualLoss(args.perceptual_weights).to(self.accelerator.device)
-        self.model, self.optimizer, self.lr_scheduler = self.prepare(
-            Reconstruction(self.vae, args.latent_noise), (0.9, 0.95)
-        )
+        self.model, self.optimizer, self.lr_scheduler = self.prepare(reconstruction, (0.9, 0.95))
         self.reconstruction = self.accelerator.unwrap_model(self.model)
         self.trained = list(self.vae.parameters())
         self.ema = EMAModel(self.trained, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
@@ -89,6 +89,23 @@ class TokenizerTrainer(BaseTrainer):
                 PatchDiscriminator(args.image_channels, num_layers=num_layers), (0.5, 0.9), args.discriminator_start
             )
         self.register(self.ema, self.progress)
+
+    def wrap(
+        self, scaling_factor: float | list[float] = 1.0, shift_factor: float | list[float] = 0.0
+    ) -> ImageTokenizer:
+        """The autoencoder as the tokenizer of the settings; its weights are shared.
+
+        Args:
+            scaling_factor (`float` or `list[float]`, *optional*, defaults to 1.0): of all channels or of each.
+            shift_factor (`float` or `list[float]`, *optional*, defaults to 0.0): likewise.
+
+        Returns:
+            `ImageTokenizer`.
+        """
+        args = self.args
+        statistics = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
+        kind = {"patch_size": args.patch_size, "normalizer": args.normalizer, "quantize": args.quantize}
+        return ImageTokenizer.from_autoencoder(self.vae, **statistics, **kind)
 
     def prepare(
         self, model: torch.nn.Module, betas: tuple[float, float], start: int = 0
@@ -303,8 +320,8 @@ class TokenizerTrainer(BaseTrainer):
 
     def validate(self) -> None:
         if self.accelerator.is_main_process:
-            with self.averaged() as vae:
-                psnr, _, grid = self.measure(ImageTokenizer.from_autoencoder(vae))
+            with self.averaged():
+                psnr, _, grid = self.measure(self.wrap())
             self.progress.history[-1]["psnr"] = psnr
             write_samples(grid, self.args.output_dir, self.progress.step)
             write_curves(self.progress.history, self.args.output_dir)
@@ -313,10 +330,10 @@ class TokenizerTrainer(BaseTrainer):
     def save(self) -> None:
         args = self.args
         with self.averaged() as vae:
-            wrap = partial(ImageTokenizer.from_autoencoder, vae, quantize=args.quantize)
-            plain = wrap(scaling_factor=1.0, shift_factor=0.0)
-            mean, std = latent_statistics(plain, some_pictures(self.dataset, args.train_batch_size))
-            tokenizer = wrap(scaling_factor=[1 / s for s in std], shift_factor=mean)
+            tokenizer = self.wrap()
+            if tokenizer.projection is None:  # the others leave unit-scaled tokens, as the decoder was trained on
+                mean, std = latent_statistics(tokenizer, some_pictures(self.dataset, args.train_batch_size))
+                tokenizer = self.wrap([1 / s for s in std], mean)
             psnr, count, grid = self.measure(tokenizer)
             usage = self.measure_codes() if isinstance(vae, VQModel) else ""
             with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".tokenizer-") as folder:

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token heads compared: the same data, backbone, number of parameters and training, from one head step to a hundred.
+
+    OMP_NUM_THREADS=1 python examples/compare_heads.py --output_dir out/heads
+
+Trains on emoji of people with the tokenizer inside the package, measures samples against pictures held out, then the
+time of each setting, and writes `heads.json`, of which `draw_heads.py` makes tables, plot and samples. Each finished
+part is a file in `results/`: started again, it does what is missing and goes on with what was cut off.
+docs/heads.md says what is compared.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from mar_hf import ImageTokenizer, MARPipeline, demo_checkpoint
+from mar_hf.evaluation import (
+    Judge,
+    Pictures,
+    claim_folder,
+    describe_machine,
+    describe_versions,
+    load_pipeline,
+    median_seconds,
+    psnr,
+)
+from mar_hf.evaluation.classes import choose_labels
+from mar_hf.evaluation.experiments import once, read_result, run_all, run_script
+from mar_hf.evaluation.folders import read_json, write_json
+from mar_hf.evaluation.pictures import save_pictures
+from mar_hf.evaluation.sampling import check_counts
+from mar_hf.evaluation.speed import make_pictures
+from mar_hf.evaluation.tables import mean_and_deviation
+from mar_hf.heads import TOKEN_HEADS
+from mar_hf.models import BACKBONES as MODEL_TYPES
+from mar_hf.training import make_accelerator
+from mar_hf.training.programs import run_program
+from mar_hf.utils import atomic_folder
+
+
+EXAMPLES = pathlib.Path(__file__).parent
+CONFIG = EXAMPLES / "configs" / "compare_heads.json"
+# The first 240 pictures of each of these classes, skin tones included: the classes that have so many.
+CLASSES = ("family", "hand", "moving person", "person", "sport person", "working person")
+DATA_WORDS = ("--skin-tones", "--max-per-class", "240", "--test-fraction", "0.2", "--classes", *CLASSES)
+
+# What the models do not share; the rest stands in `CONFIG`. How wide a head is, `find_width` says.
+BACKBONES = {
+    "masked": {"num_encoder_layers": 2, "num_decoder_layers": 2, "mask_ratio_min": 0.3, "mask_ratio_std": 0.35},
+    "raster": {"model_type": "mar_hf_ar", "num_layers": 4, "order": "raster"},
+}
+INFERENCE_STEPS = {"masked": 8, "raster": 16}
+HEADS = {"diffusion": {"head_type": "diffusion", "head_config": {"num_layers": 3}}}
+TOKENIZERS = {"plain": {"patch_size": 2}}  # what is changed of the one in the package
+# row: (backbone, head, tokenizer)
+ROWS = {
+    **{f"masked_{head}": ("masked", head, "plain") for head in HEADS},
+    **{f"raster_{head}": ("raster", head, "plain") for head in ("diffusion",)},
+}
+# The row that the others are as large as, and the width of its head.
+STANDARD, STANDARD_WIDTH = "masked_diffusion", 128
+WIDTHS = range(16, 513, 16)
+
+SCALES = (1.0, 1.5, 2.0, 3.0)
+SCALE_STEPS = 25  # head steps, for the choice of the scale
+STEPS = (1, 2, 4, 8, 16, 25, 100)  # head steps with the first seed
+FEW_STEPS = (1, 4, 25, 100)  # and with the others
+BATCH_SIZE = 48
+SHOWN = 2  # samples of each class that are kept
+FRECHET, RECOGNISED = "fd", "classifier_accuracy"
+METRICS = (FRECHET, "kid", "precision", "recall", RECOGNISED)
+QUICK_WORDS = ("--max_train_steps", "2", "--lr_warmup_steps", "1", "--train_batch_size", "4")
+QUICK_DEFAULTS = {"num_diffusion_steps": 1}
+QUICK_SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_class_tokens": 1}
+
+
+@dataclass
+class Arguments:
+    """Settings of the comparison."""
+
+    output_dir: str = field(metadata={"help": "where everything goes"})
+    npz: str | None = field(default=None, metadata={"help": "the emoji, see prepare_emoji.py; default: npm packages"})
+    only: list[str] = field(
+        default_factory=lambda: list(ROWS), metadata={"help": f"rows to work on; default: all, {' '.join(ROWS)}"}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "each row is trained with each"})
+    jobs: int = field(default=1, metadata={"help": "rows side by side; OMP_NUM_THREADS are the threads of each"})
+    features: str = field(default="lite0", metadata={"help": "of pictures", "choices": ["lite0", "pixels"]})
+    quick: bool = field(default=False, metadata={"help": "tiny models, two steps, few samples: to see it run"})
+
+    def __post_init__(self) -> None:
+        if not self.only or not set(self.only) <= set(ROWS):
+            raise ValueError(f"`only` has to name some of {list(ROWS)}, got {self.only}.")
+        check_counts(self, jobs=1)
+        if not self.seeds:
+            raise ValueError("`seeds` is empty.")
+        self.only = [row for row in ROWS if row in self.only]
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """`output_dir` as a path."""
+        return pathlib.Path(self.output_dir)
+
+    @property
+    def num_images_per_class(self) -> int:
+        """Samples of each class, with each setting."""
+        return 2 if self.quick else 48
+
+    def steps(self, row: str, seed: int) -> tuple[int, ...]:
+        """The numbers of head steps that are measured: 1 for a head that has none."""
+        if not TOKEN_HEADS[HEADS[ROWS[row][1]]["head_type"]].has_steps:
+            return (1,)
+        if self.quick:
+            return (1, 2)
+        return STEPS if seed == self.seeds[0] else FEW_STEPS
+
+
+def with_width(settings: dict[str, Any], width: int) -> dict[str, Any]:
+    """Settings of a model with a head of this width."""
+    return settings | {"head_config": settings["head_config"] | {"hidden_size": width}}
+
+
+def count_parameters(settings: dict[str, Any]) -> int:
+    """Parameters of a model on 4 x 4 tokens of 32 numbers."""
+    settings = dict(settings)
+    config_class, _, model_class = MODEL_TYPES[settings.pop("model_type", "mar_hf_mar")]
+    sizes = {"grid_height": 4, "grid_width": 4, "token_dim": 32, "num_classes": len(CLASSES)}
+    with torch.device("meta"):
+        return model_class(config_class.preset("base", **sizes, **settings)).num_parameters()
+
+
+def find_width(settings: dict[str, Any], parameters: int) -> int:
+    """The width of the head, out of `WIDTHS`, that brings a model nearest to a number of parameters."""
+    return min(WIDTHS, key=lambda width: abs(count_parameters(with_width(settings, width)) - parameters))
+
+
+@cache
+def model_config(row: str, quick: bool = False) -> dict[str, Any]:
+    """Settings of a row's model."""
+    backbone, head, _ = ROWS[row]
+    settings = read_json(CONFIG)["model_config"] | BACKBONES[backbone] | HEADS[head]
+    if quick:
+        return settings | QUICK_SIZES | {"head_config": settings["head_config"] | {"num_layers": 1, "hidden_size": 16}}
+    if row == STANDARD:
+        return with_width(settings, STANDARD_WIDTH)
+    return with_width(settings, find_width(settings, count_parameters(model_config(STANDARD))))
+
+
+def prepare_data(args: Arguments) -> None:
+    """Write the emoji, a fifth of each class held out."""
+    if not (args.folder / "data").exists():
+        with atomic_folder(args.folder / "data") as folder:
+            words = [sys.executable, EXAMPLES / "prepare_emoji.py", folder, *DATA_WORDS]
+            subprocess.run([*map(str, words), *(["--npz", args.npz] if args.npz else [])], check=True)
+
+
+@cache
+def make_judge(reference: str, features: str) -> Judge:
+    """What compares pictures with those held out."""
+    return Judge(reference, 32, CLASSES, features=features, classifier=True)
+
+
+def judge(args: Arguments, pictures: Sequence[torch.Tensor], labels: Sequence[str]) -> dict[str, float]:
+    """`METRICS` of pictures, uint8, (3, 32, 32) each."""
+    measured = make_judge(str(args.folder / "data" / "test"), args.features).measure(pictures, labels)
+    return {name: measured[name if name == RECOGNISED else f"{name}_{args.features}"] for name in METRICS}
+
+
+def make_tokenizer(args: Arguments, name: str) -> dict:
+    """Cache the latents of a tokenizer; measure as many training pictures as there will be samples, and what it
+    makes of them."""
+    folder, data = args.folder / "tokenizers" / name, args.folder / "data" / "train"
+    tokenizer = ImageTokenizer.from_pretrained(demo_checkpoint(), subfolder="vae", **TOKENIZERS[name]).eval()
+    tokenizer.save_pretrained(folder)
+    words = ["--train_data_dir", data, "--pretrained_tokenizer", folder, "--resolution", 32]
+    command = run_script(EXAMPLES / "cache_latents.py", ["--output_dir", args.folder / "latents" / name, *words])
+    pictures = Pictures(data)
+    chosen = []
+    for label in CLASSES:
+        chosen += [row for row, own in enumerate(pictures.labels) if own == label][: args.num_images_per_class]
+    labels = [pictures.labels[row] for row in chosen]
+    real = torch.stack([pictures[row] for row in chosen])
+    with torch.no_grad():
+        restored = tokenizer(real / 127.5 - 1).clamp(-1, 1)
+    found = {"command": command, "psnr": psnr(real / 127.5 - 1, restored), "real": judge(args, real, labels)}
+    return found | {"reconstructions": judge(args, ((restored + 1) * 127.5).round().byte(), labels)}
+
+
+def train_and_measure(args: Arguments, row: str, seed: int) -> None:
+    """A training, and the metrics of its samples."""
+    name = f"{row}-{seed}"
+    once(args.folder, f"training-{name}", train, args, row, seed)
+    found, now = read_result(args.folder, f"training-{name}")["model_config"], model_config(row, args.quick)
+    if found != now:
+        raise ValueError(f"`output_dir` has a training of {row} with {found}, now {now}: remove its results.")
+    if seed == args.seeds[0]:
+        once(args.folder, f"scales-{row}", measure_scales, args, row)
+    once(args.folder, f"steps-{name}", measure_steps, args, row, seed)
+
+
+def train(args: Arguments, row: str, seed: int) -> dict:
+    """One training of a row's model."""
+    config, folder = model_config(row, args.quick), args.folder / "models" / f"{row}-{seed}"
+    words = ["--output_dir", folder, "--config", CONFIG, "--train_data_dir", args.folder / "latents" / ROWS[row][2]]
+    words += ["--model_config", json.dumps(config), "--seed", seed, "--resume_from_checkpoint", "latest"]
+    defaults = read_json(CONFIG)["generation_defaults"] | {"num_inference_steps": INFERENCE_STEPS[ROWS[row][0]]}
+    words += ["--generation_defaults", json.dumps(defaults | (QUICK_DEFAULTS if args.quick else {}))]
+    command = run_script(EXAMPLES / "train.py", [*words, *(QUICK_WORDS if args.quick else ())])
+    model = load(args, row, seed).transformer
+    counts = {"parameters": model.num_parameters(), "head_parameters": sum(p.numel() for p in model.head.parameters())}
+    return {"command": command, "model_config": config, **counts}
+
+
+def load(args: Arguments, row: str, seed: int) -> MARPipeline:
+    """The pipeline that a training wrote."""
+    return load_pipeline(str(args.folder / "models" / f"{row}-{seed}" / "pipeline"))
+
+
+def measure(args: Arguments, pipeline: MARPipeline, name: str, seed: int, **setting: Any) -> dict[str, float]:
+    """Metrics of the samples of a setting; the first of each class are kept in `samples/<name>`."""
+    names = choose_labels(pipeline)
+    jobs = [(label, number) for label in names for number in range(args.num_images_per_class)]
+    batches = [jobs[first : first + BATCH_SIZE] for first in range(0, len(jobs), BATCH_SIZE)]
+    pictures = torch.cat([make_pictures(pipeline, setting, batch, seed) for batch in batches])
+    shown = {job: picture for job, picture in zip(jobs, pictures / 127.5 - 1, strict=True) if job[1] < SHOWN}
+    files = [args.folder / "samples" / name / f"{label}-{number}.png" for label, number in shown]
+    save_pictures(torch.stack(list(shown.values())), files)
+    return judge(args, pictures, [names[label] for label, _ in jobs])
+
+
+def measure_scales(args: Arguments, row: str) -> dict:
+    """Metrics of the first seed's model by guidance scale, and the scale that is best for the Frechet distance."""
+    seed = args.seeds[0]
+    pipeline, steps = load(args, row, seed), min(SCALE_STEPS, max(args.steps(row, seed)))
+    found = {}
+    for scale in SCALES[::2] if args.quick else SCALES:
+        setting = {"guidance_scale": scale, "num_diffusion_steps": steps}
+        found[str(scale)] = measure(args, pipeline, f"{row}-{seed}-scale={scale}", seed, **setting)
+    best = min(found, key=lambda scale: found[scale][FRECHET])
+    return {"metrics": found, "num_diffusion_steps": steps, "guidance_scale": float(best)}
+
+
+def measure_steps(args: Arguments, row: str, seed: int) -> dict:
+    """Metrics by number of head steps, with the row's guidance scale."""
+    pipeline, scale = load(args, row, seed), read_result(args.folder, f"scales-{row}")["guidance_scale"]
+    found = {}
+    for steps in args.steps(row, seed):
+        setting = {"guidance_scale": scale, "num_diffusion_steps": steps}
+        found[str(steps)] = measure(args, pipeline, f"{row}-{seed}-{steps}", seed, **setting)
+    return {"metrics": found}
+
+
+@contextmanager
+def timed_head(pipeline: MARPipeline) -> Iterator[list[float]]:
+    """Notes the seconds of each time that the head samples."""
+    head, seconds = pipeline.transformer.head, []
+    sample = head.sample
+
+    def timed(**settings: Any) -> torch.Tensor:
+        start = time.perf_counter()
+        tokens = sample(**settings)
+        seconds.append(time.perf_counter() - start)
+        return tokens
+
+    head.sample = timed
+    try:
+        yield seconds
+    finally:
+        del head.sample
+
+
+def time_row(args: Arguments, row: str) -> dict:
+    """Seconds a picture, alone and in a batch, and the head's share of the latter, by number of head steps."""
+    seed = args.seeds[0]
+    pipeline, scale = load(args, row, seed), read_result(args.folder, f"scales-{row}")["guidance_scale"]
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), "alone": {}, "batch": {}, "head_share": {}}
+    batch = [(number % len(CLASSES), number) for number in range(4 if args.quick else BATCH_SIZE)]
+    for steps in args.steps(row, seed):
+        setting = {"calls": 2 if args.quick else 4, "guidance_scale": scale, "num_diffusion_steps": steps}
+        found["alone"][str(steps)] = median_seconds(pipeline, batch[:1], **setting)
+        start = time.perf_counter()
+        with timed_head(pipeline) as seconds:
+            found["batch"][str(steps)] = median_seconds(pipeline, batch, **setting)
+        found["head_share"][str(steps)] = sum(seconds) / (time.perf_counter() - start)
+    return found
+
+
+def collect_row(args: Arguments, row: str) -> dict[str, Any]:
+    """What is known of a row: a point for each number of head steps, with means and deviations over the seeds."""
+    backbone, head, tokenizer = ROWS[row]
+    trainings = {seed: read_result(args.folder, f"training-{row}-{seed}") for seed in args.seeds}
+    scales, speed = (read_result(args.folder, f"{part}-{row}") for part in ("scales", "speed"))
+    qualities = [read_result(args.folder, f"steps-{row}-{seed}")["metrics"] for seed in args.seeds]
+    has_steps = TOKEN_HEADS[HEADS[head]["head_type"]].has_steps
+    points = []
+    for steps in qualities[0]:
+        runs = [quality[steps] for quality in qualities if steps in quality]
+        point = {"head_steps": int(steps) if has_steps else None, "num_seeds": len(runs)}
+        point |= {kind: speed[kind][steps] for kind in ("alone", "batch", "head_share")}
+        points.append(point | {metric: mean_and_deviation([run[metric] for run in runs]) for metric in METRICS})
+    first = trainings[args.seeds[0]]
+    return {
+        **{"backbone": backbone, "head": head, "tokenizer": tokenizer},
+        **{name: first[name] for name in ("parameters", "head_parameters", "model_config")},
+        **{"guidance_scale": scales["guidance_scale"], "scales": scales, "points": points},
+        "trainings": {seed: {name: one[name] for name in ("command", "seconds")} for seed, one in trainings.items()},
+    }
+
+
+def main(args: Arguments) -> None:
+    """Do what is missing, then report.
+
+    Args:
+        args (`Arguments`): of the command line.
+
+    Raises:
+        ValueError: if the folder holds another comparison, or a row that was trained with other settings.
+    """
+    note = {"quick": args.quick, "features": args.features, "data": DATA_WORDS, "training": read_json(CONFIG)}
+    claim_folder(args.folder, json.loads(json.dumps(note)), make_accelerator())
+    prepare_data(args)
+    tokenizers = list(dict.fromkeys(ROWS[row][2] for row in args.only))
+    for name in tokenizers:
+        once(args.folder, f"tokenizer-{name}", make_tokenizer, args, name)
+    for seed in args.seeds:  # a whole table is there as soon as the first seed is done
+        run_all([partial(train_and_measure, args, row, seed) for row in args.only], args.jobs)
+    for row in args.only:  # nothing beside it: the clock runs
+        once(args.folder, f"speed-{row}", time_row, args, row)
+    report = {**note, "seeds": args.seeds, "num_images": args.num_images_per_class * len(CLASSES)}
+    report["machine"] = describe_machine("cuda" if torch.cuda.is_available() else "cpu")
+    report["versions"] = describe_versions("accelerate", "scikit-learn")
+    report["tokenizers"] = {name: read_result(args.folder, f"tokenizer-{name}") for name in tokenizers}
+    report["rows"] = {row: collect_row(args, row) for row in args.only}
+    write_json(args.folder / "heads.json", report)
+    run_script(EXAMPLES / "draw_heads.py", ["--output_dir", args.folder])
+
+
+if __name__ == "__main__":
+    run_program(main, Arguments)
