@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from . import conversion, generation
 from .demo import demo_checkpoint, demo_text_encoder
-from .heads import TOKEN_HEADS, CategoricalHead, DiffusionHead, EnergyHead, TokenHead
+from .heads import TOKEN_HEADS, CategoricalHead, DiffusionHead, EnergyHead, MixtureHead, TokenHead
 from .hub import build_model_card
 from .models import (
     ARConfig,
@@ -51,6 +51,7 @@ __all__ = [
     "MARForImageGeneration",
     "MARModel",
     "MARPipeline",
+    "MixtureHead",
     "TokenDDPMScheduler",
     "TokenFlowScheduler",
     "TokenHead",

@@ -5,6 +5,7 @@ from .head_base import TokenHead
 from .head_categorical import CategoricalHead
 from .head_diffusion import DiffusionHead
 from .head_energy import EnergyHead
+from .head_mixture import MixtureHead
 from .modulation import ModulatedHead
 
 
@@ -12,6 +13,15 @@ TOKEN_HEADS: dict[str, type[TokenHead]] = {
     "categorical": CategoricalHead,
     "diffusion": DiffusionHead,
     "energy": EnergyHead,
+    "mixture": MixtureHead,
 }
 
-__all__ = ["TOKEN_HEADS", "CategoricalHead", "DiffusionHead", "EnergyHead", "ModulatedHead", "TokenHead"]
+__all__ = [
+    "TOKEN_HEADS",
+    "CategoricalHead",
+    "DiffusionHead",
+    "EnergyHead",
+    "MixtureHead",
+    "ModulatedHead",
+    "TokenHead",
+]

@@ -86,6 +86,23 @@ def as_computed(states: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     return states.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else states
 
 
+def inverse_cdf(probabilities: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Draw from distributions over a few values, by places that are uniform in [0, 1].
+
+    Args:
+        probabilities (`torch.Tensor` of shape `(..., values)`): of each value; any positive multiple of them will do.
+        places (`torch.Tensor` of shape `(..., draws)`): float64.
+
+    Returns:
+        `torch.Tensor` of shape `(..., draws)`: int64, the first value whose cumulative share lies above the place:
+        never one of probability 0. The last where something is not a number.
+    """
+    cumulative = probabilities.double().cumsum(-1)
+    # Below 1 there is one.
+    found = torch.searchsorted(cumulative, places.clamp(max=1 - 1e-12) * cumulative[..., -1:], right=True)
+    return found.clamp(max=probabilities.shape[-1] - 1)
+
+
 def guide(
     conditional: torch.Tensor,
     unconditional: torch.Tensor,

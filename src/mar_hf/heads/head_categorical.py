@@ -12,7 +12,7 @@ from transformers import initialization as init
 
 from ..tokenizers import ImageTokenizer
 from ..utils import check_count
-from .head_base import HeadBlock, TokenHead, as_computed, guide
+from .head_base import HeadBlock, TokenHead, as_computed, guide, inverse_cdf
 
 
 class CategoricalHeadBlock(HeadBlock):
@@ -198,14 +198,10 @@ class CategoricalHead(TokenHead):
             shape = (*condition.shape[:2], 1, self.token_dim)
             noise = randn_tensor(shape, generator=generator, device=condition.device)
         probabilities = _likely_ones((logits.double() / temperature).softmax(-1), top_k, top_p)
-        cumulative = probabilities.cumsum(-1)
-        # The first code whose cumulative probability lies above the place: never one of probability 0. Below 1 there
-        # is one.
-        place = torch.special.ndtr(noise[:, :, 0, :1].to(cumulative)).clamp(max=1 - 1e-12)
-        place = place * cumulative[..., -1:]
-        codes = torch.searchsorted(cumulative, place, right=True)[..., 0]
+        place = torch.special.ndtr(noise[:, :, 0, :1].to(probabilities))
+        codes = inverse_cdf(probabilities, place)[..., 0]
         # What is not a number has no code, and goes on as not a number.
-        return self.codebook[codes.clamp(max=self.num_codes - 1)].float() + (0 * place).float()
+        return self.codebook[codes].float() + (0 * place * probabilities.sum(-1, keepdim=True)).float()
 
     def _check_codebook(self) -> None:
         if not self._has_codebook:
