@@ -12,8 +12,6 @@ import json
 import pathlib
 import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -145,8 +143,7 @@ def prepare_data(args: Arguments) -> None:
     """Write the digits, a fifth of each class held out."""
     if not (args.folder / "data").exists():
         with atomic_folder(args.folder / "data") as folder:
-            script = str(EXAMPLES / "prepare_digits.py")
-            subprocess.run([sys.executable, script, str(folder), "--test_fraction", "0.2"], check=True)
+            run_script(EXAMPLES / "prepare_digits.py", [str(folder), "--test_fraction", "0.2"])
 
 
 def make_tokenizer(args: Arguments, name: str) -> dict:
