@@ -18,24 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
-
-from mar_hf import ImageTokenizer, MARPipeline
-from mar_hf.evaluation import claim_folder, describe_machine, describe_versions, load_pipeline, median_seconds, psnr
-from mar_hf.evaluation.experiments import run_all, run_script, write_result
-from mar_hf.evaluation.folders import read_json, write_json
-from mar_hf.evaluation.pictures import save_pictures
-from mar_hf.evaluation.sampling import check_counts
-from mar_hf.evaluation.tables import mean_and_deviation
-from mar_hf.training import (
-    ImageTransform,
-    latent_statistics,
-    load_image_dataset,
-    make_accelerator,
-    some_pictures,
-)
-from mar_hf.training.programs import run_program
-from mar_hf.utils import atomic_folder
+from mar_hf_settings import answer_early, check_counts, run_program
 
 
 EXAMPLES = pathlib.Path(__file__).parent
@@ -115,6 +98,27 @@ class Arguments:
     def num_images_per_class(self) -> int:
         """Samples of each digit, with each guidance scale."""
         return 1 if self.quick else 50
+
+
+if __name__ == "__main__":  # what is refused is refused before the imports below, which take seconds
+    answer_early(Arguments)
+
+import torch
+
+from mar_hf import ImageTokenizer, MARPipeline
+from mar_hf.evaluation import claim_folder, describe_machine, describe_versions, load_pipeline, median_seconds, psnr
+from mar_hf.evaluation.experiments import run_all, run_script, write_result
+from mar_hf.evaluation.folders import read_json, write_json
+from mar_hf.evaluation.pictures import save_pictures
+from mar_hf.evaluation.tables import mean_and_deviation
+from mar_hf.training import (
+    ImageTransform,
+    latent_statistics,
+    load_image_dataset,
+    make_accelerator,
+    some_pictures,
+)
+from mar_hf.utils import atomic_folder
 
 
 def once(args: Arguments, name: str, function: Callable[..., dict], *inputs: Any) -> None:

@@ -28,7 +28,7 @@ def forget_accelerate() -> None:
 
 
 def in_processes(count: int, function: Callable, *arguments: Any, **settings: Any) -> None:
-    """Call a function in processes that work together, as a launcher starts them, but forked: nothing is imported again."""
+    """Call a function in processes that work together, as a launcher's; they are forks, which import nothing."""
     forget_accelerate()
     debug_launcher(partial(function, *arguments, **settings), num_processes=count)
 

@@ -47,11 +47,11 @@ SMALL = {
     "out/mar": [*TWO_STEPS, *SMALL_MODEL],
 }
 PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md"]
-PROGRAMS = (["python"], ["accelerate", "launch"])
+LAUNCHERS = ("python", "accelerate")
 
 
 def run(words, cwd, fails=False):
-    """Run a script as a command does, but in this process, and return its output; of one that has to fail, its error."""
+    """Run the script of a command in this process, and return its output; of one that has to fail, its error."""
     script, *words = map(str, words[2 if words[0] == "accelerate" else 1 :])
     forget_accelerate()
     output, errors = io.StringIO(), io.StringIO()
@@ -73,7 +73,7 @@ def run_readme(target, cwd):
         tuple(words)
         for page in PAGES
         for words in commands(page)
-        if words[: 1 + (words[0] == "accelerate")] in PROGRAMS and words[words.index("--output_dir") + 1 if "--output_dir" in words else 2] == target
+        if words[0] in LAUNCHERS and words[words.index("--output_dir") + 1 if "--output_dir" in words else 2] == target
     }
     assert len(found) == 1, f"the READMEs should write {target} once, it does {len(found)} times"
     return run([*found.pop(), *SMALL[target]], cwd)

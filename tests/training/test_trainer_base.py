@@ -122,10 +122,10 @@ def run_and_kill(data, folder, num_kills, settings):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(pictures, tmp_path):
-    settings = {"max_train_steps": 12, "checkpointing_steps": 1, "validation_steps": 4}
+    settings = {"max_train_steps": 8, "checkpointing_steps": 1, "validation_steps": 4}
     (tmp_path / "killed").mkdir()
     resumed = {**settings, "resume_from_checkpoint": "latest"}
-    assert run_and_kill(pictures, tmp_path / "killed", 4, resumed) > 0
+    assert run_and_kill(pictures, tmp_path / "killed", 3, resumed) > 0
     assert all(check_checkpoint(folder) is None for folder in list_checkpoints(tmp_path / "killed"))
     run(pictures, tmp_path / "killed", **resumed)
     assert_same_contents(tmp_path / "killed", run(pictures, tmp_path / "whole", **settings))
