@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SAMPLING = (
     *("num_inference_steps", "num_diffusion_steps", "guidance_scale", "temperature"),
     *("guidance_schedule", "token_schedule", "head_step_schedule", "generation_order"),
-    *("guidance_interval", "guidance_refresh", "decoding", "detail_share"),
+    *("decoding", "detail_share", "guidance_interval", "guidance_refresh"),
 )
 
 
