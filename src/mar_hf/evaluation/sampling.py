@@ -30,7 +30,7 @@ DTYPES = {name: getattr(torch, name) for name in mar_hf_settings.DTYPES}
 SAMPLING = (
     *("num_inference_steps", "num_diffusion_steps", "guidance_scale", "temperature"),
     *("guidance_schedule", "token_schedule", "head_step_schedule", "generation_order"),
-    *("guidance_interval", "guidance_refresh", "decoding", "detail_share"),
+    *("decoding", "detail_share", "guidance_interval", "guidance_refresh"),
 )
 
 
