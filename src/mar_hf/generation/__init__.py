@@ -32,9 +32,11 @@ from .schedules import (
     constant_head_steps,
     constant_tokens_per_step,
     cosine_tokens_per_step,
+    decreasing_linear_guidance,
     guidance_within,
     linear_guidance,
     linear_head_steps,
+    power_cosine_guidance,
     settings_for_budget,
 )
 from .training_draws import (
@@ -60,6 +62,7 @@ __all__ = [
     "constant_head_steps",
     "constant_tokens_per_step",
     "cosine_tokens_per_step",
+    "decreasing_linear_guidance",
     "guidance_within",
     "linear_guidance",
     "linear_head_steps",
@@ -67,6 +70,7 @@ __all__ = [
     "nearest_order",
     "plan_generation",
     "plan_steps",
+    "power_cosine_guidance",
     "random_annealed_order",
     "random_order",
     "random_ratio",
