@@ -651,13 +651,16 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
             kwargs (`Any`): as for `DiffusionPipeline.save_pretrained`: `variant`, `max_shard_size`, ...
 
         Raises:
-            ValueError: if the class of the guider is not exported by its library: it could not be loaded.
+            ValueError: if diffusers could not load the guider, since its library lacks a name for that.
         """
         # diffusers does not note the class of what takes the place of None, and leaves out what it has not noted.
         self.register_modules(**self.components)
         library, name = self.config["guider"]
-        if name is not None and not hasattr(sys.modules[library], name):
-            raise ValueError(f"`guider` can't be saved, since {library} does not export {name} to load it.")
+        needed = () if name is None else (name, BaseGuidance.__name__)
+        if missing := [one for one in needed if not hasattr(sys.modules[library], one)]:
+            raise ValueError(
+                f"`guider` {name} can't be saved: {library} has no {missing}, to load it by."
+            )
         super().save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
