@@ -27,7 +27,7 @@ class Arguments:
     num_diffusion_steps: int | None = field(default=None, metadata={"help": "steps of the token head"})
     guidance_scale: float | None = field(default=None, metadata={"help": "1 means none"})
     temperature: float | None = field(default=None, metadata={"help": "of the noise that the head injects"})
-    guidance_schedule: str | None = field(default=None, metadata={"help": "linear or constant"})
+    guidance_schedule: str | None = field(default=None, metadata={"help": "linear, constant, ..."})
     token_schedule: str | None = field(default=None, metadata={"help": "cosine, constant or gtr"})
     head_step_schedule: str | None = field(default=None, metadata={"help": "constant, linear or gtr"})
     generation_order: str | None = field(default=None, metadata={"help": "random, raster, spiral, ..."})
