@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from . import conversion, generation
 from .demo import demo_checkpoint, demo_text_encoder
-from .heads import TOKEN_HEADS, CategoricalHead, DiffusionHead, TokenHead
+from .heads import TOKEN_HEADS, CategoricalHead, DiffusionHead, EnergyHead, TokenHead
 from .hub import build_model_card
 from .models import (
     ARConfig,
@@ -53,6 +53,7 @@ __all__ = [
     "BackboneOutput",
     "CategoricalHead",
     "DiffusionHead",
+    "EnergyHead",
     "ImageTokenizer",
     "ImageTokenizerConfig",
     "MARConfig",

@@ -82,7 +82,8 @@ def test_guidance_that_is_no_number(name, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize(
-    "name, settings", [("diffusion", {}), ("categorical", {"num_layers": 0}), ("categorical", {"num_layers": 1})]
+    "name, settings",
+    [("diffusion", {}), ("categorical", {"num_layers": 0}), ("categorical", {"num_layers": 1}), ("energy", {})],
 )
 def test_weights_that_are_not_stored_as_they_compute(name, settings, storage, dtype):
     head = randomise(TOKEN_HEADS[name](token_dim=5, condition_dim=7, hidden_size=16, **settings)).to(dtype)

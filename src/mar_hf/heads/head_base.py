@@ -322,7 +322,8 @@ class TokenHead(nn.Module, ABC):
             scheduler (`SchedulerMixin`, *optional*): the noise schedule, for heads that have one.
             timesteps (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens,)`, *optional*): of the noise,
                 as the head counts them, whole batch after whole batch; drawn where not given.
-            noise (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens, token_dim)`, *optional*): likewise.
+            noise (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens, token_dim)`, *optional*): likewise;
+                of an energy head, `loss_noise_dim` numbers a row.
             num_masked (`int`, *optional*): masked tokens in every row, where the caller knows it: saves waiting for
                 the device.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for what is drawn, timesteps first;
