@@ -5,6 +5,15 @@ Importing the package registers its classes with diffusers and with the Auto cla
 checkpoints that name them load from a folder and from the hub.
 """
 
+import sys
+
+from mar_hf_settings import answer_training_early
+
+
+# `python -m` imports the package before the program in it. Until that runs, its words stand behind "-m".
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "mar_hf.training":
+    answer_training_early()
+
 from diffusers import SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers import PreTrainedModel

@@ -310,7 +310,7 @@ class TokenHead(nn.Module, ABC):
             raise ValueError(f"`guider` has to leave the model as it is, but {name} changes its layers.")
         if "guidance_scale" not in inspect.signature(cls).parameters:
             raise ValueError(
-                f"`guider` has to have a `guidance_scale`, which that of a call takes the place of, but {name} has none."
+                f"`guider` has to have a `guidance_scale`, in whose place that of a call is put, but {name} has none."
             )
         if getattr(guider, "zero_init_steps", 0) > 0 and not self.guides_velocity:
             raise ValueError(

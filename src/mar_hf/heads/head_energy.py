@@ -61,6 +61,7 @@ class EnergyHead(ModulatedHead):
     sampling_defaults = {"num_diffusion_steps": 1}
     has_steps = False
     stream_layer = "condition_proj"
+    guides_condition = True
 
     def __init__(
         self,
