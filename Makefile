@@ -11,9 +11,10 @@ CHECKED := $(wildcard src tests examples benchmarks utils setup.py)
 demo: $(VENV)/base.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/mar-hf generate --demo --num-images-per-class 1 --batch-size 35 --output demo.png
 
-# Tests are small: a process of its own for each core does more than several threads for each test.
+# Tests are small: a process of its own for each core does more than several threads for each test. Files keep the
+# order of tests/conftest.py.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 style: $(VENV)/quality.stamp
 	$(BIN)/ruff check --fix $(CHECKED)

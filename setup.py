@@ -48,7 +48,7 @@ setup(
     keywords="image generation, text to image, autoregressive, MAR, diffusion, transformers, diffusers, pytorch",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    py_modules=["mar_hf_command"],
+    py_modules=["mar_hf_command", "mar_hf_settings"],
     package_data={"mar_hf": ["py.typed", "checkpoints/**/*"]},
     python_requires=">=3.10",
     install_requires=INSTALL,

@@ -154,10 +154,11 @@ class Recorder:
     Args:
         device (`str`): where the model computes; a CUDA device is waited for before the clock is read.
         count (`bool`, *optional*, defaults to `False`): count operations too, which takes time.
+        clock (`Callable`, *optional*, defaults to `now`): seconds, given the device.
     """
 
-    def __init__(self, device: str, count: bool = False):
-        self.device = torch.device(device)
+    def __init__(self, device: str, count: bool = False, clock: Callable[[torch.device], float] = now):
+        self.device, self.clock = torch.device(device), clock
         self.counter = flop_counter() if count else None
         self.steps: list[dict[str, list[float]]] = []
         self.call = _no_parts()
@@ -177,7 +178,7 @@ class Recorder:
             self.counter.__exit__(*error)
 
     def _read(self) -> tuple[float, float]:
-        return now(self.device), 0.0 if self.counter is None else self.counter.get_total_flops()
+        return self.clock(self.device), 0.0 if self.counter is None else self.counter.get_total_flops()
 
     def lap(self, part: str) -> None:
         """What was done since the last lap was this part."""

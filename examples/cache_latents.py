@@ -8,6 +8,14 @@
 `accelerate launch -m mar_hf.training latents`.
 """
 
+import sys
+
+from mar_hf_settings import answer_training_early
+
+
+if __name__ == "__main__":  # what is refused is refused before the imports below, which take seconds
+    answer_training_early(["latents", *sys.argv[1:]])
+
 from mar_hf.training.programs import run_cache
 
 

@@ -38,14 +38,13 @@ from mar_hf.evaluation.classes import choose_labels
 from mar_hf.evaluation.experiments import once, read_result, run_all, run_script
 from mar_hf.evaluation.folders import read_json, write_json
 from mar_hf.evaluation.pictures import save_pictures
-from mar_hf.evaluation.sampling import check_counts
 from mar_hf.evaluation.speed import make_pictures
 from mar_hf.evaluation.tables import mean_and_deviation
 from mar_hf.heads import TOKEN_HEADS
 from mar_hf.models import BACKBONES as MODEL_TYPES
 from mar_hf.training import make_accelerator
-from mar_hf.training.programs import run_program
 from mar_hf.utils import atomic_folder
+from mar_hf_settings import check_counts, run_program
 
 
 EXAMPLES = pathlib.Path(__file__).parent

@@ -11,31 +11,12 @@ started again, it does what is missing and goes on with what was cut off. docs/c
 import json
 import pathlib
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
-
-from mar_hf import ImageTokenizer, MARPipeline
-from mar_hf.evaluation import claim_folder, describe_machine, describe_versions, load_pipeline, median_seconds, psnr
-from mar_hf.evaluation.experiments import once, read_result, run_all, run_script
-from mar_hf.evaluation.folders import read_json, write_json
-from mar_hf.evaluation.pictures import save_pictures
-from mar_hf.evaluation.sampling import check_counts
-from mar_hf.evaluation.tables import mean_and_deviation
-from mar_hf.training import (
-    ImageTransform,
-    latent_statistics,
-    load_image_dataset,
-    make_accelerator,
-    some_pictures,
-)
-from mar_hf.training.programs import run_program
-from mar_hf.utils import atomic_folder
+from mar_hf_settings import answer_early, check_counts, run_program
 
 
 EXAMPLES = pathlib.Path(__file__).parent
@@ -117,12 +98,32 @@ class Arguments:
         return 1 if self.quick else 50
 
 
+if __name__ == "__main__":  # what is refused is refused before the imports below, which take seconds
+    answer_early(Arguments)
+
+import torch
+
+from mar_hf import ImageTokenizer, MARPipeline
+from mar_hf.evaluation import claim_folder, describe_machine, describe_versions, load_pipeline, median_seconds, psnr
+from mar_hf.evaluation.experiments import once, read_result, run_all, run_script
+from mar_hf.evaluation.folders import read_json, write_json
+from mar_hf.evaluation.pictures import save_pictures
+from mar_hf.evaluation.tables import mean_and_deviation
+from mar_hf.training import (
+    ImageTransform,
+    latent_statistics,
+    load_image_dataset,
+    make_accelerator,
+    some_pictures,
+)
+from mar_hf.utils import atomic_folder
+
+
 def prepare_data(args: Arguments) -> None:
     """Write the digits, a fifth of each class held out."""
     if not (args.folder / "data").exists():
         with atomic_folder(args.folder / "data") as folder:
-            script = str(EXAMPLES / "prepare_digits.py")
-            subprocess.run([sys.executable, script, str(folder), "--test_fraction", "0.2"], check=True)
+            run_script(EXAMPLES / "prepare_digits.py", [str(folder), "--test_fraction", "0.2"])
 
 
 def make_tokenizer(args: Arguments, name: str) -> dict:

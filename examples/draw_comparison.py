@@ -11,13 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
-
-from mar_hf.evaluation.folders import read_json, write_text
-from mar_hf.evaluation.pictures import save_grid
-from mar_hf.evaluation.plots import draw_bars, draw_points
-from mar_hf.evaluation.tables import markdown_table
-from mar_hf.training.programs import run_program
+from mar_hf_settings import answer_early, run_program
 
 
 # The rows of the tables, with what is said of each.
@@ -47,6 +41,21 @@ class Arguments:
     """What to draw."""
 
     output_dir: str = field(metadata={"help": "the folder of `compare_orders.py`"})
+
+    def __post_init__(self) -> None:
+        if not pathlib.Path(self.output_dir, "comparison.json").exists():
+            raise ValueError(f"`output_dir` {self.output_dir!r} has no comparison.json: run compare_orders.py first.")
+
+
+if __name__ == "__main__":  # what is refused is refused before the imports below, which take seconds
+    answer_early(Arguments)
+
+from PIL import Image
+
+from mar_hf.evaluation.folders import read_json, write_text
+from mar_hf.evaluation.pictures import save_grid
+from mar_hf.evaluation.plots import draw_bars, draw_points
+from mar_hf.evaluation.tables import markdown_table
 
 
 def in_words(metric: str, value: Sequence[float | None]) -> str:
@@ -123,8 +132,6 @@ def main(args: Arguments) -> None:
         args (`Arguments`): of the command line.
     """
     folder = pathlib.Path(args.output_dir)
-    if not (folder / "comparison.json").exists():
-        raise ValueError(f"`output_dir` {args.output_dir!r} has no comparison.json: run compare_orders.py first.")
     comparison = read_json(folder / "comparison.json")
     for name, table in TABLES.items():
         if table.keys() & comparison["rows"].keys():

@@ -16,7 +16,7 @@ from mar_hf.evaluation.folders import read_json, write_text
 from mar_hf.evaluation.pictures import save_grid
 from mar_hf.evaluation.plots import draw_curves
 from mar_hf.evaluation.tables import markdown_table
-from mar_hf.training.programs import run_program
+from mar_hf_settings import run_program
 
 
 # metric: (title, factor, digits)

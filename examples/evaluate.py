@@ -14,25 +14,7 @@ import pathlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from accelerate import Accelerator
-
-from mar_hf import MARPipeline
-from mar_hf.evaluation import (
-    FEATURES,
-    Judge,
-    Pictures,
-    claim_folder,
-    describe_versions,
-    generate,
-    load_pipeline,
-    weights_digest,
-)
-from mar_hf.evaluation.classes import choose_folders, choose_labels
-from mar_hf.evaluation.folders import read_json, write_json
-from mar_hf.evaluation.sampling import DTYPES, SAMPLING, check_counts, check_sampling, picture_size
-from mar_hf.evaluation.sweeps import draw_sweep, parse_sweeps
-from mar_hf.training import make_accelerator
-from mar_hf.training.programs import run_program
+from mar_hf_settings import DTYPES, answer_early, check_counts, check_paths, run_program
 
 
 @dataclass
@@ -56,7 +38,7 @@ class Arguments:
         default_factory=list,
         metadata={"help": "an argument of the pipeline and its values; may be repeated", "action": "extend"},
     )
-    features: str = field(default="lite0", metadata={"help": "of pictures", "choices": list(FEATURES)})
+    features: str = field(default="lite0", metadata={"help": "of pictures: lite0, inception or pixels"})
     weights: str | None = field(default=None, metadata={"help": "file of the weights for the features 'inception'"})
     classifier: bool = field(default=False, metadata={"help": "also train an SVM on the real pixels and ask it"})
     save_statistics: str | None = field(default=None, metadata={"help": "write the reference's mu and sigma (.npz)"})
@@ -65,10 +47,31 @@ class Arguments:
         check_counts(self, num_images_per_class=1, batch_size=1)
         if (self.pretrained_model_name_or_path is None) == (self.samples_dir is None):
             raise ValueError("Give either `pretrained_model_name_or_path` or `samples_dir`.")
-        if parse_sweeps(self.sweep) and self.samples_dir is not None:
+        if self.sweep and self.samples_dir is not None:
             raise ValueError(f"`sweep` makes pictures, so it needs `pretrained_model_name_or_path`, got {self.sweep}.")
-        if not pathlib.Path(self.reference).exists():
-            raise ValueError(f"`reference` {self.reference!r} does not exist.")
+        check_paths(self, "reference")
+
+
+if __name__ == "__main__":  # what is refused is refused before the imports below, which take seconds
+    answer_early(Arguments)
+
+from accelerate import Accelerator
+
+from mar_hf import MARPipeline
+from mar_hf.evaluation import (
+    Judge,
+    Pictures,
+    claim_folder,
+    describe_versions,
+    generate,
+    load_pipeline,
+    weights_digest,
+)
+from mar_hf.evaluation.classes import choose_folders, choose_labels
+from mar_hf.evaluation.folders import read_json, write_json
+from mar_hf.evaluation.sampling import SAMPLING, check_sampling, picture_size
+from mar_hf.evaluation.sweeps import draw_sweep, parse_sweeps
+from mar_hf.training import make_accelerator
 
 
 class Run:

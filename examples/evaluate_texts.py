@@ -17,22 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
-from tqdm.auto import tqdm
-
-from mar_hf import MARPipeline
-from mar_hf.evaluation import generate_batch, load_pipeline, use_text_encoder
-from mar_hf.evaluation.folders import write_json
-from mar_hf.evaluation.pictures import save_grid
-from mar_hf.evaluation.plots import draw_lines
-from mar_hf.evaluation.sampling import check_counts
-from mar_hf.evaluation.texts import ATTRIBUTES, chance, judge_texts, limit, read_candidates, read_pixels, read_rows
-from mar_hf.training import center_crop, make_accelerator
-from mar_hf.training.programs import run_program
-from mar_hf.utils import atomic_folder
-
-
-SETTINGS = ("num_inference_steps", "num_diffusion_steps", "temperature")
+from mar_hf_settings import answer_early, check_counts, check_paths, run_program
 
 
 @dataclass
@@ -59,8 +44,28 @@ class Arguments:
 
     def __post_init__(self) -> None:
         check_counts(self, num_prompts=1, num_images_per_prompt=1, batch_size=1)
+        check_paths(self, "data_dir")
         if not self.guidance_scales:
             raise ValueError("`guidance_scales` is empty.")
+
+
+if __name__ == "__main__":  # what is refused is refused before the imports below, which take seconds
+    answer_early(Arguments)
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from mar_hf import MARPipeline
+from mar_hf.evaluation import generate_batch, load_pipeline, use_text_encoder
+from mar_hf.evaluation.folders import write_json
+from mar_hf.evaluation.pictures import save_grid
+from mar_hf.evaluation.plots import draw_lines
+from mar_hf.evaluation.texts import ATTRIBUTES, chance, judge_texts, limit, read_candidates, read_pixels, read_rows
+from mar_hf.training import center_crop, make_accelerator
+from mar_hf.utils import atomic_folder
+
+
+SETTINGS = ("num_inference_steps", "num_diffusion_steps", "temperature")
 
 
 def generate(pipe: MARPipeline, prompts: Sequence[str], scale: float, args: Arguments, bar: tqdm) -> list[Image.Image]:

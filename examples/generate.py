@@ -10,10 +10,7 @@ stopping. Started again, it makes what is missing; with other settings it refuse
 
 from dataclasses import dataclass, field
 
-from mar_hf.evaluation import generate, load_pipeline, use_scheduler
-from mar_hf.evaluation.sampling import DTYPES, SAMPLING, check_counts
-from mar_hf.training import make_accelerator
-from mar_hf.training.programs import run_program
+from mar_hf_settings import DTYPES, answer_early, check_counts, run_program
 
 
 @dataclass
@@ -30,7 +27,7 @@ class Arguments:
     num_diffusion_steps: int | None = field(default=None, metadata={"help": "steps of the token head"})
     guidance_scale: float | None = field(default=None, metadata={"help": "1 means none"})
     temperature: float | None = field(default=None, metadata={"help": "of the noise that the head injects"})
-    guidance_schedule: str | None = field(default=None, metadata={"help": "linear or constant"})
+    guidance_schedule: str | None = field(default=None, metadata={"help": "linear, constant, ..."})
     token_schedule: str | None = field(default=None, metadata={"help": "cosine, constant or gtr"})
     head_step_schedule: str | None = field(default=None, metadata={"help": "constant, linear or gtr"})
     generation_order: str | None = field(default=None, metadata={"help": "random, raster, spiral, ..."})
@@ -46,6 +43,14 @@ class Arguments:
 
     def __post_init__(self) -> None:
         check_counts(self, num_images_per_class=1, batch_size=1)
+
+
+if __name__ == "__main__":  # what is refused is refused before the imports below, which take seconds
+    answer_early(Arguments)
+
+from mar_hf.evaluation import generate, load_pipeline, use_scheduler
+from mar_hf.evaluation.sampling import SAMPLING
+from mar_hf.training import make_accelerator
 
 
 def main(args: Arguments) -> None:

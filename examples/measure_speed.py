@@ -17,35 +17,7 @@ import pathlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
-from mar_hf import MARPipeline, demo_checkpoint
-from mar_hf.evaluation import (
-    FEATURES,
-    Judge,
-    claim_folder,
-    describe_machine,
-    describe_versions,
-    load_pipeline,
-    use_text_encoder,
-    weights_digest,
-)
-from mar_hf.evaluation.classes import choose_labels
-from mar_hf.evaluation.folders import read_json, write_json, write_text
-from mar_hf.evaluation.pictures import save_grid, to_image
-from mar_hf.evaluation.sampling import DTYPES, check_counts, picture_size
-from mar_hf.evaluation.speed import (
-    draw_curve,
-    draw_table,
-    make_pictures,
-    prepare,
-    read_table,
-    summarise,
-    time_pictures,
-)
-from mar_hf.evaluation.texts import nearest, read_candidates, read_pixels, read_rows, shares
-from mar_hf.training import make_accelerator
-from mar_hf.training.programs import run_program
+from mar_hf_settings import DTYPES, answer_early, check_counts, check_paths, run_program
 
 
 TABLE = pathlib.Path(__file__).parent / "configs" / "speed.json"
@@ -76,12 +48,45 @@ class Arguments:
     batch_size: int = field(default=48, metadata={"help": "pictures at once"})
     seed: int = field(default=0, metadata={"help": "of the first round"})
     dtype: str = field(default="float32", metadata={"help": "of the weights", "choices": list(DTYPES)})
-    features: str = field(default="lite0", metadata={"help": "of pictures", "choices": list(FEATURES)})
+    features: str = field(default="lite0", metadata={"help": "of pictures: lite0, inception or pixels"})
     weights: str | None = field(default=None, metadata={"help": "file of the weights for the features 'inception'"})
     classifier: bool = field(default=False, metadata={"help": "also train an SVM on the real pixels and ask it"})
 
     def __post_init__(self) -> None:
         check_counts(self, num_images_per_class=1, num_rounds=2, batch_size=1)
+        check_paths(self, "reference", "table", "captions")
+
+
+if __name__ == "__main__":  # what is refused is refused before the imports below, which take seconds
+    answer_early(Arguments)
+
+import torch
+
+from mar_hf import MARPipeline, demo_checkpoint
+from mar_hf.evaluation import (
+    Judge,
+    claim_folder,
+    describe_machine,
+    describe_versions,
+    load_pipeline,
+    use_text_encoder,
+    weights_digest,
+)
+from mar_hf.evaluation.classes import choose_labels
+from mar_hf.evaluation.folders import read_json, write_json, write_text
+from mar_hf.evaluation.pictures import save_grid, to_image
+from mar_hf.evaluation.sampling import picture_size
+from mar_hf.evaluation.speed import (
+    draw_curve,
+    draw_table,
+    make_pictures,
+    prepare,
+    read_table,
+    summarise,
+    time_pictures,
+)
+from mar_hf.evaluation.texts import nearest, read_candidates, read_pixels, read_rows, shares
+from mar_hf.training import make_accelerator
 
 
 class Subjects:

@@ -10,20 +10,27 @@ Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Reposito
 import argparse
 import pathlib
 
-import numpy as np
-from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from mar_hf_settings import Parser, told_in_a_line
 
 
-def main() -> None:
-    """Write the folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args() -> argparse.Namespace:
+    """The options, checked."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=pathlib.Path)
     parser.add_argument("--test_fraction", type=float, default=0.0, help="share of each class kept in `test`")
     args = parser.parse_args()
     if not 0 <= args.test_fraction < 1:
         raise ValueError(f"`--test_fraction` has to lie in [0, 1), got {args.test_fraction}.")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the folder."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     data = load_digits()
     splits = {"train": np.arange(len(data.target))}
     if args.test_fraction:
@@ -40,4 +47,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_a_line():
+        main(parse_args())

@@ -32,6 +32,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from mar_hf_settings import Parser, told_in_a_line
+
 
 PICTURES = "emoji-datasource-google@16.0.0"
 NAMES = "emojibase-data@17.0.0"
@@ -219,7 +221,7 @@ def choose_share(emoji: list[Emoji], fraction: float) -> set[str]:
 
 def parse_args() -> argparse.Namespace:
     """The options, checked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=pathlib.Path)
     parser.add_argument("--npz", help="take the pictures from this file instead of the npm packages")
     parser.add_argument("--size", type=int, default=32, help="side in pixels (default 32)")
@@ -285,4 +287,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_a_line():
+        main()

@@ -10,6 +10,14 @@ To change what a step is, which pictures are drawn or what is saved, subclass `T
 `BaseTrainer` has the loop, the order of examples, exact resume and checkpoints.
 """
 
+import sys
+
+from mar_hf_settings import answer_training_early
+
+
+if __name__ == "__main__":  # what is refused is refused before the imports below, which take seconds
+    answer_training_early(["model", *sys.argv[1:]])
+
 from mar_hf.training import Trainer
 from mar_hf.training.programs import run_trainer
 

@@ -9,6 +9,14 @@
 To change what a step is, subclass `TextEncoderTrainer` here and override the method.
 """
 
+import sys
+
+from mar_hf_settings import answer_training_early
+
+
+if __name__ == "__main__":  # what is refused is refused before the imports below, which take seconds
+    answer_training_early(["text_encoder", *sys.argv[1:]])
+
 from mar_hf.training import TextEncoderTrainer
 from mar_hf.training.programs import run_trainer
 

@@ -10,6 +10,14 @@
 To change what a step is or what is measured, subclass `TokenizerTrainer` here and override the method.
 """
 
+import sys
+
+from mar_hf_settings import answer_training_early
+
+
+if __name__ == "__main__":  # what is refused is refused before the imports below, which take seconds
+    answer_training_early(["tokenizer", *sys.argv[1:]])
+
 from mar_hf.training import TokenizerTrainer, latent_statistics, some_pictures  # noqa: F401
 from mar_hf.training.programs import run_trainer
 

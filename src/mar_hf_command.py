@@ -6,7 +6,6 @@ refused without a model is refused at once. What a command then does is in `mar_
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -14,6 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from mar_hf_settings import load_module
 
 
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "xla", "mtia")
@@ -40,16 +41,7 @@ MANY = 40  # names shown in a message
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
-def _load_demo() -> Any:
-    """The package's module `demo`, which needs nothing but the standard library, without importing the package."""
-    (package,) = importlib.util.find_spec("mar_hf").submodule_search_locations
-    spec = importlib.util.spec_from_file_location("mar_hf_demo", Path(package, "demo.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-demo = _load_demo()
+demo = load_module("demo")
 
 
 class Parser(argparse.ArgumentParser):

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import tempfile
+from collections import Counter
 from contextlib import contextmanager
 
 import pytest
@@ -60,6 +61,12 @@ def _refuse_network(event: str, args: tuple) -> None:
 
 
 sys.addaudithook(_refuse_network)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that no worker is left with one of them at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of trainings and of the example scripts share."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
+from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState
 
 
@@ -20,6 +25,12 @@ def forget_accelerate() -> None:
     """A script configures accelerate for its process; the next one in the same process starts as a new program."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def in_processes(count: int, function: Callable, *arguments: Any, **settings: Any) -> None:
+    """Call a function in processes that work together, as a launcher's; they are forks, which import nothing."""
+    forget_accelerate()
+    debug_launcher(partial(function, *arguments, **settings), num_processes=count)
 
 
 @pytest.fixture(autouse=True)

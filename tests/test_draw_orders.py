@@ -24,7 +24,7 @@ def panels():
 
 def test_the_picture_shows_every_order_as_it_is(panels):
     assert list(panels) == list(GENERATION_ORDERS)
-    for name in ("raster", "spiral", "zigzag", "checkerboard", "subsampled"):
+    for name in ("raster", "spiral", "zigzag", "checkerboard", "subsampled", "halton"):
         row_by_row = sorted(panels[name].texts, key=lambda text: text.get_position()[::-1])
         ranks = torch.tensor([int(text.get_text()) for text in row_by_row])
         assert panels[name].yaxis_inverted()

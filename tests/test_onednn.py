@@ -15,11 +15,18 @@ from torch import nn
 from torch.nn.utils import prune
 
 from common import randomise, relative_error, seeded
-from mar_hf.onednn import TYPICAL_ROWS, OneDNNLinear, by_onednn
+from mar_hf import onednn
+from mar_hf.onednn import TYPICAL_ROWS, OneDNNLinear, by_onednn, cpu_maker, winning_rows
 from tiny_pipelines import tiny_pipeline
 
 
-WIDTH = 512  # of matrices that are large enough to be replaced
+WIDTH = 512
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch):
+    """oneDNN wins for layers of any size, whatever processor the tests run on."""
+    monkeypatch.setattr("mar_hf.onednn.winning_rows", lambda *_: range(1, sys.maxsize))
 
 
 ACTIVATIONS = [nn.GELU(), nn.SiLU(), nn.ReLU(), nn.GELU(approximate="tanh")]
@@ -218,8 +225,63 @@ def test_it_stays_out_where_torch_is_told_to_do_without_onednn():
         assert replaced(model()) == []
 
 
-def test_pipelines_use_it_while_they_generate(monkeypatch):
-    monkeypatch.setattr("mar_hf.onednn.FEW_PRODUCTS", 0)
+@pytest.mark.parametrize(
+    "layer, makers, won, lost",
+    [
+        # Large ones, such as the head's of MAR-B: a single row is torch's, and many rows are MKL's on its maker's.
+        ((1024, 1024), ["AuthenticAMD", "GenuineIntel", ""], [2, 8, 128], [0, 1]),
+        ((1024, 1024), ["AuthenticAMD", "HygonGenuine"], [129, 2560, 10**6], []),
+        ((1024, 1024), ["GenuineIntel", "CentaurHauls", ""], [], [129, 2560, 10**6]),
+        # The demo's.
+        ((192, 768), ["AuthenticAMD"], [911, 6912], [1, 2, 72, 910]),
+        ((192, 768), ["GenuineIntel", ""], [], [1, 2, 72, 128, 6912, 10**6]),
+        ((0, 5), ["AuthenticAMD", "GenuineIntel"], [], [0, 1, 10**6]),
+    ],
+)
+def test_rows_that_win_depend_on_the_layer_and_the_maker(layer, makers, won, lost):
+    for maker in makers:
+        rows = winning_rows(*layer, torch.float32, maker)
+        assert [number for number in won + lost if number in rows] == won
+
+
+@pytest.mark.parametrize("maker", ["AuthenticAMD", "GenuineIntel", ""])
+def test_in_half_precision_only_tiny_products_lose_whoever_made_the_processor(maker):
+    rows = winning_rows(512, 1024, torch.bfloat16, maker)
+    assert 0 not in rows and {1, 2, 10**6} <= {number for number in (1, 2, 10**6) if number in rows}
+    assert 15 in winning_rows(192, 192, torch.bfloat16, maker) and 14 not in winning_rows(
+        192, 192, torch.bfloat16, maker
+    )
+
+
+@pytest.mark.skipif(platform.system() != "Linux" or platform.machine() != "x86_64", reason="others tell otherwise")
+def test_the_processor_says_who_made_it():
+    assert len(cpu_maker()) == 12 and cpu_maker().isascii()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ACTIVATIONS[:2], ids=repr)
+def test_rows_that_lose_are_computed_by_torch(monkeypatch, activation):
+    monkeypatch.setattr("mar_hf.onednn.winning_rows", lambda *_: range(2, 4))
+    block = Block(activation)
+    view = by_onednn(block)
+    for rows in (0, 1, 4, 64):
+        states = torch.randn(rows, WIDTH, generator=seeded(1))
+        assert torch.equal(view(states), block(states))
+        assert torch.equal(view(states[None]), block(states[None]))
+    assert view.first.packed is None  # no memory is taken for a layer that never wins
+    states = torch.randn(3, WIDTH, generator=seeded(1))
+    assert relative_error(view(states), block(states)) < 1e-5
+    assert view.first.packed is not None
+
+
+def test_layers_that_never_win_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr("mar_hf.onednn.winning_rows", lambda inputs, *_: range(2 if inputs == WIDTH else 0))
+    assert replaced(model()) == ["0"]
+    module = nn.Linear(WIDTH + 1, WIDTH)
+    assert by_onednn(module) is module
+
+
+def test_pipelines_use_it_while_they_generate():
     pipe, views = tiny_pipeline(), []
     # Hooks are shared with the view, and are given the module that runs.
     pipe.transformer.register_forward_pre_hook(lambda module, inputs: views.append(module))
@@ -235,9 +297,9 @@ def test_pipelines_use_it_while_they_generate(monkeypatch):
 
 # Page faults of 16 MB that are taken and given back ten times, before and after a model ran by oneDNN.
 FAULTS = """
-import resource
+import resource, runpy, sys
 import torch
-from mar_hf.onednn import by_onednn
+by_onednn = runpy.run_path(sys.argv[1])["by_onednn"]
 
 def faults():
     for number in range(11):
@@ -258,7 +320,7 @@ print(first, faults())
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN is used on x86 only")
 def test_buffers_of_one_step_serve_the_next():
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_P"))}
-    command = [sys.executable, "-c", FAULTS]
+    command = [sys.executable, "-c", FAULTS, onednn.__file__]
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=ours).stdout
     before, after = map(int, output.split())
     assert after < before / 3

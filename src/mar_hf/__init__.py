@@ -5,13 +5,22 @@ Importing the package registers its classes with diffusers and with the Auto cla
 checkpoints that name them load from a folder and from the hub.
 """
 
+import sys
+
+from mar_hf_settings import answer_training_early
+
+
+# `python -m` imports the package before the program in it. Until that runs, its words stand behind "-m".
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "mar_hf.training":
+    answer_training_early()
+
 from diffusers import SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers import PreTrainedModel
 
 from . import conversion, generation
 from .demo import demo_checkpoint, demo_text_encoder
-from .heads import TOKEN_HEADS, CategoricalHead, DiffusionHead, TokenHead
+from .heads import TOKEN_HEADS, CategoricalHead, DiffusionHead, EnergyHead, TokenHead
 from .hub import build_model_card
 from .models import (
     ARConfig,
@@ -44,6 +53,7 @@ __all__ = [
     "BackboneOutput",
     "CategoricalHead",
     "DiffusionHead",
+    "EnergyHead",
     "ImageTokenizer",
     "ImageTokenizerConfig",
     "MARConfig",

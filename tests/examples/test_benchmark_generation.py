@@ -140,12 +140,13 @@ def test_half_precision_has_its_distance_from_float32(measure):
 
 
 @pytest.mark.slow
-def test_the_table_of_a_gpu_is_one_command(measure):
-    # Some of them compile for CUDA graphs; here the same without a compiler.
+def test_the_table_of_a_gpu_is_one_command(measure, monkeypatch):
+    monkeypatch.setitem(scenarios.GROUPS, "gpu-b", scenarios.GROUPS["gpu-b"][:3])
+    # One of them compiles for CUDA graphs; here the same without a compiler.
     words = ["--device", "cpu", "--repeats", "2", "--compile", '{"backend": "eager"}']
     records, printed = measure("--preset", "gpu-b", *words, steps=("2", "2"))
-    assert [record["batch_size"] for record in records] == [1, 1, 16, 16, 128, 128]
-    assert [record["scenario"].endswith("-compiled") for record in records] == [False, True] * 3
+    assert [record["batch_size"] for record in records] == [1, 1, 16]
+    assert [record["scenario"].endswith("-compiled") for record in records] == [False, True, False]
     for record in records:
         assert record["recompilations"] == 0
         # Both precisions are compared with float32; whole calls are timed, and the parts of others.

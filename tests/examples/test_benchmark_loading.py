@@ -2,6 +2,7 @@
 """The benchmark of loading: a tiny model in processes of its own."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -19,16 +20,20 @@ from measuring import measure_alone  # noqa: E402
 
 @pytest.mark.slow
 def test_both_ways_load_the_same_in_processes_of_their_own(tmp_path, capsys):
+    held = torch.ones(250_000_000)  # 1000 MB, more than the libraries take
+    assert held[-1] == 1
     model, output = tiny_model(), tmp_path / "results.jsonl"
     model.save_pretrained(tmp_path / "tiny")
     loading.main(["--folder", str(tmp_path / "tiny"), "--repeats", "1", "--output", str(output)])
     record = json.loads(output.read_text(encoding="utf-8"))
     checksum = sum(parameter.double().sum().item() for parameter in model.parameters())
     size = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e6
+    # Elsewhere the system tells the peak of this process, too.
+    most = held.nbytes / 1e6 if sys.platform == "linux" else math.inf
     for way in ("ours", "plain"):
         [load] = record["loads"][way]
         assert load["checksum"] == pytest.approx(checksum) and load["weights_mb"] == pytest.approx(size)
-        assert 0 < load["load"] < load["ready"] and load["import"] > 0.1 and load["peak_mb"] > 50
+        assert 0 < load["load"] < load["ready"] and load["import"] > 0.1 and 50 < load["peak_mb"] < most
     printed = capsys.readouterr().out.splitlines()
     assert sum(line.startswith(f"| tiny | {way} | ") for line in printed for way in ("ours", "plain")) == 2
     assert printed[-1] == f"ratio {record['ratio']:.2f}"
@@ -45,16 +50,3 @@ def test_a_process_that_fails_says_why(tmp_path):
     assert measure_alone(str(script), []) == {}
     with pytest.raises(RuntimeError, match=r"script.py --only ours failed:\nno such thing"):
         measure_alone(str(script), ["--only", "ours"])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells the peak of the process only")
-def test_the_memory_of_a_process_is_not_that_of_its_parent(tmp_path):
-    script = tmp_path / "script.py"
-    path = f"import sys\nsys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
-    script.write_text(
-        path + "import json\nfrom measuring import peak_memory\nprint(json.dumps({'peak': peak_memory()}))\n"
-    )
-    held = torch.ones(250_000_000)  # 1000 MB, more than the libraries take
-    assert held.sum() > 0
-    assert 50 < measure_alone(str(script), [])["peak"] < 1000

@@ -2,7 +2,6 @@
 """The evaluation end to end: of a pipeline and of a folder, swept, stopped and gone on with."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -11,7 +10,9 @@ import torch
 from PIL import Image
 
 from common import seeded
+from example_runs import in_processes
 from mar_hf.evaluation import extract, read_statistics, statistics
+from mar_hf.evaluation.experiments import run_script
 from mar_hf.evaluation.features import PixelFeatures
 from mar_hf.training import parse_arguments
 from snippets import ROOT
@@ -152,12 +153,10 @@ def test_a_value_out_of_range_is_refused_before_the_first_picture(real, model, t
 def test_two_processes_measure_the_same(real, model, tmp_path):
     settings = {"sweep": ["temperature", "0.5", "1"]}
     evaluate.main(arguments(real, tmp_path / "one", model, **settings))
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    words += [ROOT / "examples" / "evaluate.py", "--reference", real, "--output_dir", tmp_path / "two"]
-    words += ["--pretrained_model_name_or_path", model, "--num_images_per_class", "4", "--batch_size", "8"]
-    words += ["--features", "pixels", "--sweep", "temperature", "0.5", "1"]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    words = ["--reference", real, "--output_dir", str(tmp_path / "two"), "--pretrained_model_name_or_path", model]
+    words += ["--num_images_per_class", "4", "--batch_size", "8", "--features", "pixels"]
+    words += ["--sweep", "temperature", "0.5", "1"]
+    in_processes(2, run_script, ROOT / "examples" / "evaluate.py", words)
     assert read(tmp_path / "two")["results"] == read(tmp_path / "one")["results"]
 
 

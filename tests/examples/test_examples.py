@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The example scripts and the benchmark, run as their users run them, with two steps and a tiny model.
+"""The example scripts and the benchmark, run with the words of their users, with two steps and a tiny model.
 
 The training commands are those of the two READMEs, with settings behind them that make them small.
 """
 
 import csv
+import io
 import json
 import math
-import os
-import subprocess
-import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from example_runs import SIZES
+import mar_hf_command
+from example_runs import SIZES, forget_accelerate
 from mar_hf import ImageTokenizer, MARPipeline
+from mar_hf.evaluation.experiments import run_script
 from snippets import ROOT, commands
 
 
@@ -46,19 +47,24 @@ SMALL = {
     "out/mar": [*TWO_STEPS, *SMALL_MODEL],
 }
 PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md"]
-PROGRAMS = {
-    "python": [sys.executable],
-    "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
-}
+LAUNCHERS = ("python", "accelerate")
 
 
 def run(words, cwd, fails=False):
-    """Run a command on the CPU and return its output; one that `fails` has to, and its errors are returned."""
-    settings = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
-    words = [*PROGRAMS.get(words[0], words[:1]), *map(str, words[1:])]
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env={**os.environ, **settings})
-    assert (done.returncode != 0) == fails, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stderr if fails else done.stdout
+    """Run the script of a command in this process, and return its output; of one that has to fail, its error."""
+    script, *words = map(str, words[2 if words[0] == "accelerate" else 1 :])
+    forget_accelerate()
+    output, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        patch.chdir(cwd)
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setenv("MPLBACKEND", "agg")
+        if fails:
+            with pytest.raises(SystemExit, match="2"):
+                run_script(script, words)
+        else:
+            run_script(script, words)
+    return errors.getvalue() if fails else output.getvalue()
 
 
 def run_readme(target, cwd):
@@ -67,7 +73,7 @@ def run_readme(target, cwd):
         tuple(words)
         for page in PAGES
         for words in commands(page)
-        if words[0] in PROGRAMS and words[words.index("--output_dir") + 1 if "--output_dir" in words else 2] == target
+        if words[0] in LAUNCHERS and words[words.index("--output_dir") + 1 if "--output_dir" in words else 2] == target
     }
     assert len(found) == 1, f"the READMEs should write {target} once, it does {len(found)} times"
     return run([*found.pop(), *SMALL[target]], cwd)
@@ -177,10 +183,11 @@ def test_train_shows_samples_and_the_loss(trained):
     assert f"{SIZE} x {SIZE} pixels" in card and all(name in card for name in CLASSES)
 
 
-def test_the_command_line_draws_what_training_wrote(trained, tmp_path):
+def test_the_command_line_draws_what_training_wrote(trained, tmp_path, capsys):
     _, folder, _ = trained
-    words = [sys.executable, "-m", "mar_hf.cli", "generate", folder / "pipeline", "--num-images-per-class", "1"]
-    assert "3 pictures in " in run([*words, "--output-dir", "pictures"], tmp_path)
+    words = ["generate", str(folder / "pipeline"), "--num-images-per-class", "1"]
+    assert mar_hf_command.main([*words, "--output-dir", str(tmp_path / "pictures")]) == 0
+    assert "3 pictures in " in capsys.readouterr().out
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
 
 
@@ -215,7 +222,8 @@ def test_train_refuses_too_few_pictures(workplace, emoji, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_benchmark_compares_a_trained_pipeline(trained, tmp_path):
+def test_the_benchmark_compares_a_trained_pipeline(trained, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script that is started there
     _, folder, _ = trained
     words = ["python", ROOT / "benchmarks" / "generation.py", "--model", folder / "pipeline"]
     settings = ["--batch-size", "2", "--num-diffusion-steps", "3", "--repeats", "1", "--matmul-size", "64"]

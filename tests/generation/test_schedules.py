@@ -17,6 +17,7 @@ from mar_hf.generation import (
     constant_head_steps,
     constant_tokens_per_step,
     cosine_tokens_per_step,
+    decreasing_linear_guidance,
     gtr_head_steps,
     gtr_order,
     gtr_tokens_per_step,
@@ -24,6 +25,7 @@ from mar_hf.generation import (
     linear_guidance,
     linear_head_steps,
     look_up,
+    power_cosine_guidance,
     settings_for_budget,
 )
 from mar_hf.generation.schedules import check_tokens_per_step
@@ -134,6 +136,24 @@ def test_no_guidance_stays_no_guidance(name):
 
 def test_constant_guidance():
     assert constant_guidance(4, [1, 2, 5]) == [4.0, 4.0, 4.0]
+
+
+def test_decreasing_guidance():
+    assert decreasing_linear_guidance(5.0, [2, 2, 4]) == [5.0, 4.0, 3.0]
+    # With one token a step it is the linear one backwards, but for the step at which that stops short.
+    assert decreasing_linear_guidance(5.0, [1] * 8)[1:] == linear_guidance(5.0, [1] * 8)[-2::-1]
+
+
+@pytest.mark.parametrize("power", [1.2, 2.75])
+def test_power_cosine_guidance(power):
+    scales = power_cosine_guidance(16.0, [1] * 64, power)
+    assert scales[0] == 1.0 and scales == sorted(scales) and 15.5 < scales[-1] < 16
+    # Half of the way where the power of the share is 1/2.
+    half = round(64 * 0.5 ** (1 / power))
+    assert scales[half - 1] < 8.5 < scales[half + 1]
+    # It counts tokens, not steps.
+    assert power_cosine_guidance(16.0, [32, 16, 16], power) == pytest.approx([scales[0], scales[32], scales[48]])
+    assert power_cosine_guidance(16.0, [1] * 64) == power_cosine_guidance(16.0, [1] * 64, 2.75)
 
 
 def test_guidance_within_an_interval():

@@ -849,7 +849,7 @@ def test_sane_tokens_are_not_reported(pipe, warnings):
 
 
 def test_components_rebuild_the_pipeline(pipe):
-    assert set(pipe.components) == {"transformer", "vae", "scheduler", "text_encoder", "tokenizer"}
+    assert set(pipe.components) == {"transformer", "vae", "scheduler", "text_encoder", "tokenizer", "guider"}
     again = MARPipeline(**pipe.components, generation_defaults=FEW_STEPS)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(latents(again, generator=seeds(0)), latents(pipe, generator=seeds(0)))
@@ -857,7 +857,7 @@ def test_components_rebuild_the_pipeline(pipe):
 
 def test_every_component_may_be_missing():
     empty = MARPipeline(transformer=None, vae=None, scheduler=None)
-    parts = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+    parts = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "guider")
     assert empty.components == dict.fromkeys(parts)
 
 

@@ -1,65 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings from files and the command line, and those that are refused."""
+"""Settings of the trainings, and those that are refused."""
 
 import math
-from dataclasses import dataclass, field
 
 import pytest
+from diffusers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
+import mar_hf_settings
+from mar_hf.evaluation import sampling
+from mar_hf.tokenizers import NORMALIZERS
 from mar_hf.training import (
+    LatentCacheArguments,
     TextEncoderTrainingArguments,
     TokenizerTrainingArguments,
     TrainingArguments,
+    arguments,
+    latent_data,
     parse_arguments,
+    picture_modes,
 )
+from mar_hf.training.programs import TRAINERS
 
 
 KINDS = [TrainingArguments, TokenizerTrainingArguments, TextEncoderTrainingArguments]
-
-
-@dataclass
-class Settings:
-    data: str = field(metadata={"help": "where"})
-    rate: float = field(default=0.5, metadata={"help": "how much"})
-    sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "how large"})
-    flip: bool = field(default=False, metadata={"help": "whether"})
-    extra: str = field(default="{}", metadata={"help": "JSON"})
-    name: str | None = field(default=None, metadata={"help": "which"})
-
-
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("s.json", '{"data": "d", "rate": 1e-3, "sizes": [2, 3], "flip": true, "extra": {"a": [1]}, "name": null}'),
-        ("s.yaml", "data: d\nrate: 1e-3\nsizes: [2, 3]\nflip: true\nextra: {a: [1]}\n"),
-    ],
-)
-def test_settings_come_from_a_file_and_the_command_line_overrides_it(tmp_path, name, text):
-    config = write(tmp_path / name, text)
-    settings = parse_arguments(Settings, ["--config", config, "--rate", "2"])
-    assert settings == Settings("d", 2.0, [2, 3], True, '{"a": [1]}', None)
-    assert parse_arguments(Settings, ["--data", "e", "--config", config, "--flip", "false"]).data == "e"
-    assert parse_arguments(Settings, ["--data", "x"]) == Settings("x")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"data": "d", "speed": 1}', r"unknown settings \['speed'\]; known are \['data', "),
-        ('["data"]', "unknown settings list"),
-        ('{"data": ', "can't be read"),
-    ],
-)
-def test_a_wrong_file_of_settings_is_refused(tmp_path, text, message):
-    with pytest.raises(ValueError, match=message):
-        parse_arguments(Settings, ["--config", write(tmp_path / "s.json", text)])
-    with pytest.raises(ValueError, match="`config` 'nowhere.json' can't be read"):
-        parse_arguments(Settings, ["--config", "nowhere.json"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,9 +97,27 @@ def test_the_token_is_not_given_to_a_tracker():
 @pytest.mark.parametrize("kind", KINDS[:2])
 @pytest.mark.parametrize("channels", [0, 5, -1])
 def test_channels_that_no_picture_has(kind, channels):
-    with pytest.raises(ValueError, match=rf"with 1, 2, 3 or 4 channels, not with {channels} \(`image_channels`\)"):
+    with pytest.raises(ValueError, match=rf"`image_channels` has to be one of \[1, 2, 3, 4\], got {channels}"):
         kind("out", image_channels=channels)
 
 
 def test_a_default_may_be_taken_away():
     assert TrainingArguments("out", generation_defaults='{"temperature": null}').generation_defaults
+
+
+@pytest.mark.parametrize("templates", [[], ["no place"], ["{} {name}"], ["{0} {1}"], ["{"]])
+def test_wrong_templates_are_refused(templates):
+    for kind in (TrainingArguments, TextEncoderTrainingArguments):
+        with pytest.raises(ValueError, match="`caption_templates` has to hold texts with {} for the caption"):
+            kind("out", caption_templates=templates)
+    assert TrainingArguments("out", caption_templates=["{}", "{label}: {}"])
+
+
+def test_names_are_those_of_what_is_imported_later():
+    # The one that is left out needs more than numbers of steps.
+    assert {*arguments.NORMALIZERS} == {*NORMALIZERS}
+    assert {*arguments.LR_SCHEDULERS, "piecewise_constant"} == {kind.value for kind in TYPE_TO_SCHEDULER_FUNCTION}
+    assert arguments.CHANNELS == tuple(picture_modes.CHANNELS)
+    assert set(mar_hf_settings.DTYPES) == set(sampling.DTYPES) == set(latent_data.DTYPES)
+    own = {name: trainer.arguments_class for name, trainer in TRAINERS.items()}
+    assert arguments.PROGRAMS == {**own, "latents": LatentCacheArguments}

@@ -2,10 +2,7 @@
 """Cached latents are what encoding gives, whoever wrote them and however often the run was stopped."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from example_runs import forget_accelerate
+from example_runs import forget_accelerate, in_processes
 from mar_hf import ImageTokenizer, ImageTokenizerConfig
+from mar_hf.evaluation.experiments import run_script
 from mar_hf.training import (
     ImageTransform,
     LatentCacheArguments,
@@ -141,13 +139,14 @@ def test_captions_are_left_out(pictures, tokenizer, whole, tmp_path):
         assert torch.equal(row["mean"], expected["mean"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [{}, {"num_workers": 2, "multiprocessing_context": "spawn"}])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_batches_through_workers(whole, workers):
     latents = load_latents(str(whole))
     first = latents[0]["mean"]
-    assert len(pickle.dumps(latents)) < 2000
-    batches = list(DataLoader(latents, batch_size=4, **workers))
+    # What a worker gets that is started anew.
+    sent = pickle.dumps(latents)
+    assert len(sent) < 2000
+    batches = list(DataLoader(pickle.loads(sent), batch_size=4, num_workers=workers))
     assert [len(batch["label"]) for batch in batches] == [4, 4, 3]
     assert torch.equal(batches[0]["mean"][0], first)
     shards = [load_file(path)["std_flipped"] for path in sorted(whole.glob("*.safetensors"))]
@@ -170,12 +169,9 @@ def test_a_stopped_run_goes_on_with_what_is_missing(pictures, tokenizer, whole, 
 
 @pytest.mark.slow
 def test_the_number_of_processes_does_not_matter(pictures, tokenizer, whole, tmp_path):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words += [ROOT / "examples" / "cache_latents.py", "--random_flip", "--resolution", SIZE]
+    words = ["--random_flip", "--resolution", SIZE, "--shard_size", 4, "--batch_size", 3]
     words += ["--train_data_dir", pictures, "--pretrained_tokenizer", tokenizer, "--output_dir", tmp_path / "cache"]
-    words += ["--shard_size", 4, "--batch_size", 3]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_processes(2, run_script, ROOT / "examples" / "cache_latents.py", list(map(str, words)))
     assert files(tmp_path / "cache") == files(whole)
 
 

@@ -9,6 +9,7 @@ from datasets import Dataset, Features, Image, Value
 
 from example_runs import SIZES
 from mar_hf import ImageTokenizer, ImageTokenizerConfig
+from mar_hf.generation import DECODINGS
 from mar_hf.training import TrainingArguments
 from mar_hf.training.model_setup import (
     build_generation_defaults,
@@ -121,6 +122,15 @@ def test_guidance_is_a_default_only_where_it_was_trained_for(names, settings, gu
             assert build_generation_defaults(asked, backbone, names) == {"guidance_scale": 2.0}
     else:
         assert build_generation_defaults(asked, backbone, names) == {"guidance_scale": 2.0}
+
+
+def test_a_decoding_is_saved_as_its_parts_which_go_before_those_of_the_pipeline(tmp_path):
+    pipe = tiny_pipeline(generation_defaults={"token_schedule": "cosine", "temperature": 0.9})
+    pipe.save_pretrained(tmp_path)
+    source = {"pretrained_model_name_or_path": str(tmp_path), "model_config": "{}"}
+    args = arguments(**source, generation_defaults='{"decoding": "gtr", "detail_share": 0.2}')
+    expected = DECODINGS["gtr"] | {"detail_share": 0.2, "temperature": 0.9}
+    assert build_generation_defaults(args, pipe.transformer, ["a"]) == expected
 
 
 def test_defaults_of_a_pipeline_are_replaced_one_by_one(tmp_path):

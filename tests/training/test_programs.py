@@ -3,13 +3,12 @@
 
 import pathlib
 import sys
-from dataclasses import dataclass
 
 import pytest
 from test_trainer import SETTINGS, write_pictures
 
 from mar_hf import ImageTokenizer, MARPipeline
-from mar_hf.training.programs import main, run_program
+from mar_hf.training.programs import main
 
 
 def words(**settings):
@@ -55,25 +54,3 @@ def test_an_unknown_program_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["toknizer", "--output_dir", "x"])
     assert "'toknizer' is none of model, tokenizer, text_encoder, latents" in capsys.readouterr().err
-
-
-def test_scripts_have_their_names_before_their_errors(tmp_path, monkeypatch, capsys):
-    @dataclass
-    class Settings:
-        number: int = 1
-
-    def refuse(settings):
-        raise error
-
-    monkeypatch.setattr(sys, "argv", [str(tmp_path / "script.py"), "--number", "3"])
-    for error in (ValueError("a\n b"), OSError("no space"), ImportError("no module")):
-        with pytest.raises(SystemExit) as stopped:
-            run_program(refuse, Settings)
-        assert stopped.value.code == 2
-        assert capsys.readouterr().err == f"script.py: error: {' '.join(str(error).split())}\n"
-    error = KeyError("a fault of ours")
-    with pytest.raises(KeyError):
-        run_program(refuse, Settings)
-    numbers = []
-    run_program(lambda settings: numbers.append(settings.number), Settings)
-    assert numbers == [3]

@@ -3,10 +3,7 @@
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (the default tracker has to be installed)
 
-from example_runs import SIZES, forget_accelerate
+from example_runs import SIZES, forget_accelerate, in_processes
 from mar_hf import ARForImageGeneration, ImageTokenizer, MARConfig, MARPipeline
 from mar_hf.models import BACKBONES
 from mar_hf.training import (
@@ -142,29 +139,12 @@ def test_other_data_is_not_resumed_on(trained, pictures, tmp_path):
         run(pictures, trained, resume_from_checkpoint="latest", max_train_steps=6, seed=1)
 
 
-def launch(processes, words):
-    """Run the script in several processes. `accelerate launch --cpu` starts one, so torch's own launcher does it."""
-    settings = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(ROOT / "examples" / "train.py"), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings})
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.mark.slow
 def test_two_processes_with_half_the_batch_follow_one(pictures, tmp_path):
-    settings = {
-        **SETTINGS,
-        "model_config": json.dumps(NO_DROPOUT),
-        "max_train_steps": 50,
-        "random_flip": "true",
-        "random_shift": 1,
-        "train_data_dir": pictures,
-    }
-    one = {**settings, "output_dir": tmp_path / "one"}
-    two = {**settings, "output_dir": tmp_path / "two", "train_batch_size": SETTINGS["train_batch_size"] // 2}
-    for processes, chosen in ((1, one), (2, two)):
-        launch(processes, [word for name, value in chosen.items() for word in (f"--{name}", value)])
+    settings = {"max_train_steps": 50, "random_flip": True, "random_shift": 1}
+    settings["model_config"] = json.dumps(NO_DROPOUT)
+    run(pictures, tmp_path / "one", **settings)
+    in_processes(2, run, pictures, tmp_path / "two", **settings, train_batch_size=SETTINGS["train_batch_size"] // 2)
     first, second = (torch.tensor(losses(tmp_path / name)) for name in ("one", "two"))
     assert len(first) == 50 and (first - second).abs().max() < 1e-4
     assert first[-10:].mean() < first[:10].mean()

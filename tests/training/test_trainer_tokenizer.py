@@ -4,8 +4,6 @@
 import csv
 import json
 import math
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -15,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from common import seeded
-from example_runs import forget_accelerate
+from example_runs import forget_accelerate, in_processes
 from mar_hf import ImageTokenizer
 from mar_hf.training import TokenizerTrainer, TokenizerTrainingArguments, parse_arguments
 from mar_hf.training.autoencoders import build_autoencoder
@@ -247,14 +245,7 @@ def test_accumulated_batches_choose_the_same_codes(pictures, tmp_path):
 def test_two_processes_with_half_the_batch_follow_one(pictures, features, tmp_path, autoencoder):
     changes = {**everything(features), **autoencoder, "max_train_steps": 8}
     one = run(pictures, tmp_path / "one", **changes)
-    settings = {**SETTINGS, **changes, "train_data_dir": pictures}
-    settings |= {"train_batch_size": 2, "output_dir": tmp_path / "two"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [ROOT / "examples" / "train_tokenizer.py"]
-    for name, value in settings.items():
-        command += [f"--{name}", *(value if isinstance(value, list) else [value])]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_processes(2, run, pictures, tmp_path / "two", **changes, train_batch_size=2)
     others = ["commitment_loss", "codes_used", "perplexity"] if autoencoder else ["kl"]
     for name in ("reconstruction_loss", "perceptual_loss", "discriminator_loss", *others):
         first, second = losses(one, name), losses(tmp_path / "two", name)

@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
+import mar_hf_settings
+
 from ..generation import plan_steps
 from ..models import load_text_encoder
 from ..pipelines import MARPipeline
@@ -23,12 +25,12 @@ from .classes import choose_folders, is_conditional
 from .folders import claim_folder, is_whole
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in mar_hf_settings.DTYPES}
 # The arguments of the pipeline that have a default in the checkpoint.
 SAMPLING = (
     *("num_inference_steps", "num_diffusion_steps", "guidance_scale", "temperature"),
     *("guidance_schedule", "token_schedule", "head_step_schedule", "generation_order"),
-    *("guidance_interval", "guidance_refresh", "decoding", "detail_share"),
+    *("decoding", "detail_share", "guidance_interval", "guidance_refresh"),
 )
 
 
@@ -128,22 +130,6 @@ def weights_digest(pipeline: MARPipeline) -> str:
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def check_counts(settings: Any, **least: int) -> None:
-    """Refuse numbers that are too small.
-
-    Args:
-        settings (`Any`): an object with the attributes named; one that is None is fine.
-        least (`int`): the smallest value of each attribute.
-
-    Raises:
-        ValueError: if one is smaller, or not a whole number.
-    """
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < bound):
-            raise ValueError(f"`{name}` has to be at least {bound}, got {value!r}.")
 
 
 def check_sampling(pipeline: MARPipeline, sampling: dict[str, Any], class_labels: list[int] | None = None) -> None:

@@ -133,6 +133,48 @@ def constant_guidance(guidance_scale: float, tokens_per_step: list[int]) -> list
     return [float(guidance_scale)] * len(tokens_per_step)
 
 
+def decreasing_linear_guidance(guidance_scale: float, tokens_per_step: list[int]) -> list[float]:
+    """Guidance that falls with the tokens that are there: the linear schedule of NextStep-1's code (arXiv:2508.10711).
+
+    s_k = 1 + (s - 1) M_k / L with M_k tokens left before step k.
+
+    Args:
+        guidance_scale (`float`): s, the scale of the first step.
+        tokens_per_step (`list[int]`): tokens generated in each step.
+
+    Returns:
+        `list[float]`: one scale a step.
+    """
+    left = total = sum(tokens_per_step)
+    scales = []
+    for count in tokens_per_step:
+        scales.append(1 + (guidance_scale - 1) * left / total)
+        left -= count
+    return scales
+
+
+def power_cosine_guidance(guidance_scale: float, tokens_per_step: list[int], power: float = 2.75) -> list[float]:
+    """Guidance that begins at 1 and grows late, with the tokens that are there, as in RAR's code (arXiv:2411.00776).
+
+    s_k = 1 + (s - 1) (1 - cos(pi (N_k / L)^power)) / 2 with N_k tokens there before step k. Large scales are usual: 16
+    for RAR-B.
+
+    Args:
+        guidance_scale (`float`): s, which the last steps come close to.
+        tokens_per_step (`list[int]`): tokens generated in each step.
+        power (`float`, *optional*, defaults to 2.75): the higher, the later. RAR takes 2.75 for its smallest model,
+            down to 1.2 for its largest. Another one is another line in `GUIDANCE_SCHEDULES`, by `functools.partial`.
+
+    Returns:
+        `list[float]`: one scale a step.
+    """
+    total, done, scales = sum(tokens_per_step), 0, []
+    for count in tokens_per_step:
+        scales.append(1 + (guidance_scale - 1) * (1 - math.cos(math.pi * (done / total) ** power)) / 2)
+        done += count
+    return scales
+
+
 def guidance_within(scales: list[float], interval: tuple[float, float] = (0.0, 1.0)) -> list[float]:
     """No guidance outside of an interval of the steps (arXiv:2404.07724, there of a diffusion sampler's noise levels).
 
@@ -247,6 +289,8 @@ TOKEN_SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {
 GUIDANCE_SCHEDULES: dict[str, Callable[[float, list[int]], list[float]]] = {
     "linear": linear_guidance,
     "constant": constant_guidance,
+    "decreasing_linear": decreasing_linear_guidance,
+    "power_cosine": power_cosine_guidance,
 }
 HEAD_STEP_SCHEDULES: dict[str, Callable[[int, list[int]], list[int]]] = {
     "constant": constant_head_steps,

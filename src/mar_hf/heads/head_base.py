@@ -293,7 +293,7 @@ class TokenHead(nn.Module, ABC):
             raise ValueError(f"`guider` has to leave the model as it is, but {name} changes its layers.")
         if "guidance_scale" not in inspect.signature(cls).parameters:
             raise ValueError(
-                f"`guider` has to have a `guidance_scale`, which that of a call takes the place of, but {name} has none."
+                f"`guider` has to have a `guidance_scale`, in whose place that of a call is put, but {name} has none."
             )
         if getattr(guider, "zero_init_steps", 0) > 0 and not self.guides_velocity:
             raise ValueError(
@@ -322,7 +322,8 @@ class TokenHead(nn.Module, ABC):
             scheduler (`SchedulerMixin`, *optional*): the noise schedule, for heads that have one.
             timesteps (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens,)`, *optional*): of the noise,
                 as the head counts them, whole batch after whole batch; drawn where not given.
-            noise (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens, token_dim)`, *optional*): likewise.
+            noise (`torch.Tensor` of shape `(batch_multiplier * batch * num_tokens, token_dim)`, *optional*): likewise;
+                of an energy head, `loss_noise_dim` numbers a row.
             num_masked (`int`, *optional*): masked tokens in every row, where the caller knows it: saves waiting for
                 the device.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): for what is drawn, timesteps first;

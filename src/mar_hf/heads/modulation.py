@@ -150,6 +150,7 @@ class ModulatedHead(TokenHead):
         self.batch_multiplier = batch_multiplier
         self.initializer_range = initializer_range
         self.loss_chunk_size = loss_chunk_size
+        self.loss_noise_dim = token_dim
         self.build_inputs(hidden_size)
         # The first of each group has the projection.
         first = {-(-group * num_layers // groups) for group in range(groups)}
@@ -219,7 +220,7 @@ class ModulatedHead(TokenHead):
             condition (`torch.Tensor` of shape `(rows, condition_dim)`): the backbone's output.
             target (`torch.Tensor` of shape `(rows, token_dim)`): the true tokens, float32.
             timesteps (`torch.Tensor` of shape `(rows,)`): of `draw_times`, or as given to `loss`.
-            noise (`torch.Tensor` of shape `(rows, token_dim)`): standard normal, float32.
+            noise (`torch.Tensor` of shape `(rows, loss_noise_dim)`): standard normal, float32.
 
         Returns:
             `torch.Tensor` of shape `(rows,)`: float32.
@@ -265,7 +266,7 @@ class ModulatedHead(TokenHead):
         copies = self.batch_multiplier
         length = copies * mask.numel()
         check_tensor("timesteps", timesteps, (length,), self.time_dtype)
-        check_tensor("noise", noise, (length, self.token_dim))
+        check_tensor("noise", noise, (length, self.loss_noise_dim))
         if timesteps is not None and timesteps.device.type == "cpu":
             self.check_times(scheduler, timesteps)
         # Row r of the repeated batch is row r modulo the batch.
@@ -283,7 +284,7 @@ class ModulatedHead(TokenHead):
         given = timesteps is not None
         timesteps = timesteps.to(device)[repeated] if given else self.draw_times(scheduler, draw_rows)
         if noise is None:
-            noise = draw_rows(torch.randn, self.token_dim)
+            noise = draw_rows(torch.randn, self.loss_noise_dim)
         else:
             noise = noise.to(device)[repeated].float()
         parts = (condition, target, timesteps, noise)
@@ -332,7 +333,7 @@ class ModulatedHead(TokenHead):
         for some in time_embeddings.split(ahead):
             yield from zip(*(modulation.unbind() for modulation in self._modulate(some, embedding)), strict=True)
 
-    def _modulate(self, time_embedding: torch.Tensor, embedding: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _modulate(self, time_embedding: torch.Tensor | float, embedding: torch.Tensor) -> Iterator[torch.Tensor]:
         """What the sum of the time's and the condition's embedding does: shift, 1 + scale and gate of each block, then
         shift and 1 + scale of the output. One after the other, so that the backward pass frees each with its block."""
         activated = nn.functional.silu(time_embedding + embedding).to(embedding.dtype)

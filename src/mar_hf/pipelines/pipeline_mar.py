@@ -2,6 +2,8 @@
 """The pipeline: which tokens next, until the picture is whole."""
 
 import copy
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -423,9 +425,11 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
                 as None is. Together with `class_labels` (one, or one for each text) for models that know classes too.
             num_inference_steps (`int`, *optional*): autoregressive steps, at most the number of tokens; exactly so
                 many for a causal model that predicts one token a step.
-            guidance_scale (`float`, *optional*): classifier-free guidance; 1.0 means none.
+            guidance_scale (`float`, *optional*): classifier-free guidance; 1.0 means none. It takes the place of the
+                guider's own, where the pipeline has a `guider`.
             num_diffusion_steps (`int`, *optional*): steps of the token head's sampler.
-            guidance_schedule (`str`, *optional*): a name in `GUIDANCE_SCHEDULES`: linear or constant.
+            guidance_schedule (`str`, *optional*): a name in `GUIDANCE_SCHEDULES`: linear, constant,
+                decreasing_linear or power_cosine.
             token_schedule (`str`, *optional*): a name in `TOKEN_SCHEDULES`: cosine, constant or gtr.
             head_step_schedule (`str`, *optional*): a name in `HEAD_STEP_SCHEDULES`: constant, linear annealing or gtr.
             temperature (`float`, *optional*): multiplies the noise that the diffusion head's sampler injects; divides
@@ -670,6 +674,26 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
         """
         compile_transformer(self.transformer, **kwargs)
         return self
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save the pipeline, components that were set later included.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder.
+            kwargs (`Any`): as for `DiffusionPipeline.save_pretrained`: `variant`, `max_shard_size`, ...
+
+        Raises:
+            ValueError: if diffusers could not load the guider, since its library lacks a name for that.
+        """
+        # diffusers does not note the class of what takes the place of None, and leaves out what it has not noted.
+        self.register_modules(**self.components)
+        library, name = self.config["guider"]
+        needed = () if name is None else (name, BaseGuidance.__name__)
+        if missing := [one for one in needed if not hasattr(sys.modules[library], one)]:
+            raise ValueError(
+                f"`guider` {name} can't be saved: {library} has no {missing}, to load it by."
+            )
+        super().save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload the pipeline; a repository without a card gets one whose snippet runs.

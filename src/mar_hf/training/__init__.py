@@ -4,11 +4,18 @@
 Needs `pip install "mar_hf[train]"`. Libraries of that extra are imported when they are needed.
 """
 
+from mar_hf_settings import parse_arguments
+
 from .accelerator import make_accelerator
-from .arguments import TextEncoderTrainingArguments, TokenizerTrainingArguments, TrainingArguments, parse_arguments
+from .arguments import (
+    LatentCacheArguments,
+    TextEncoderTrainingArguments,
+    TokenizerTrainingArguments,
+    TrainingArguments,
+)
 from .autoencoders import latent_statistics
 from .image_data import ImageTransform, center_crop, load_image_dataset, some_pictures
-from .latent_cache import LatentCacheArguments, cache_latents
+from .latent_cache import cache_latents
 from .latent_data import load_latents
 from .trainer import Trainer
 from .trainer_base import BaseTrainer

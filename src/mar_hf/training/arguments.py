@@ -1,37 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings: what is trained, on what and how; from a notebook, from the command line, and from files."""
+"""Settings: what is trained, on what and how.
 
-import dataclasses
-import difflib
+`mar_hf_settings` reads this file before the package is imported: it needs the standard library only.
+"""
+
 import json
-import math
 import os
-import pathlib
-import sys
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import ClassVar
 
-from diffusers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
-from transformers import HfArgumentParser
-
-from ..generation import build_settings
-from ..tokenizers import NORMALIZERS
-from ..utils import import_extra, look_up
-from .picture_modes import check_channels
-from .text_data import check_templates
+from mar_hf_settings import DTYPES, check_choices, check_counts, check_types
 
 
-Settings = TypeVar("Settings")
+# Those of diffusers that need nothing but numbers of steps.
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+PRECISIONS = ("no", "bf16", "fp16")
+CHANNELS = (1, 2, 3, 4)
+NORMALIZERS = ("affine", "sphere", "token_layer_norm")
 
-# The one that is left out needs more than numbers of steps.
-LR_SCHEDULERS = {
-    kind.value: kind for kind in TYPE_TO_SCHEDULER_FUNCTION if kind is not SchedulerType.PIECEWISE_CONSTANT
-}
-PRECISIONS = {"no": "no", "bf16": "bf16", "fp16": "fp16"}
-KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Refuse templates that can't be filled in.
+
+    Args:
+        templates (`Sequence[str]`): see `caption_choices`.
+
+    Raises:
+        ValueError: if there are none, or one has no place for the caption or an unknown one.
+    """
+    try:
+        lost = not templates or any("\0" not in template.format("\0", label="") for template in templates)
+    except (LookupError, ValueError):
+        lost = True
+    if lost:
+        raise ValueError(
+            f"`caption_templates` has to hold texts with {{}} for the caption, and perhaps {{label}}, got {templates}."
+        )
 
 
 @dataclass
@@ -97,42 +102,7 @@ class BaseTrainingArguments:
                 raise ValueError(f"`{name}` has to lie in [0, 1), got {getattr(self, name)}.")
         if self.seed >= 2**32:
             raise ValueError(f"`seed` has to be below 2**32, got {self.seed}.")
-        if self.mixed_precision is not None:
-            look_up(PRECISIONS, self.mixed_precision, "mixed_precision")
-
-
-def check_types(settings: Any) -> None:
-    """Refuse a value of another type than its field's, numbers that are none, and True where a number belongs.
-
-    Args:
-        settings (`Any`): an instance of a dataclass.
-
-    Raises:
-        ValueError: naming the field, its value and what is allowed.
-    """
-    hints = typing.get_type_hints(type(settings))
-    for name in (one.name for one in dataclasses.fields(settings)):
-        value, kind = getattr(settings, name), hints[name]
-        if isinstance(kind, types.UnionType):
-            if value is None:
-                continue
-            kind = typing.get_args(kind)[0]
-        if typing.get_origin(kind) is list:
-            kind = typing.get_args(kind)[0]
-            fits = isinstance(value, list) and all(_is_a(entry, kind) for entry in value)
-            allowed = f"a list, each entry {KINDS[kind]}"
-        else:
-            fits, allowed = _is_a(value, kind), KINDS[kind]
-        if not fits:
-            raise ValueError(f"`{name}` has to be {allowed}, got {value!r}.")
-
-
-def _is_a(value: Any, kind: type) -> bool:
-    if kind in (int, float):
-        wide = int if kind is int else (int, float)
-        fits = isinstance(value, wide) and not isinstance(value, bool)
-        return fits and (isinstance(value, int) or math.isfinite(value))
-    return isinstance(value, kind)
+        check_choices(self, mixed_precision=PRECISIONS)
 
 
 @dataclass
@@ -241,9 +211,7 @@ class TrainingArguments(BaseTrainingArguments):
             if isinstance(getattr(self, name), dict):
                 setattr(self, name, json.dumps(getattr(self, name)))
         super().__post_init__()
-        look_up(LR_SCHEDULERS, self.lr_scheduler, "lr_scheduler")
-        if self.image_channels is not None:
-            check_channels(self.image_channels)
+        check_choices(self, lr_scheduler=LR_SCHEDULERS, image_channels=CHANNELS)
         for name in ("model_config", "generation_defaults"):
             if getattr(self, name) is None:
                 continue
@@ -253,8 +221,11 @@ class TrainingArguments(BaseTrainingArguments):
                 raise ValueError(f"`{name}` has to be a JSON object: {error}") from error
             if not isinstance(settings, dict):
                 raise ValueError(f"`{name}` has to be a JSON object, got {settings!r}.")
-        defaults = json.loads(self.generation_defaults or "{}")
-        build_settings({name: value for name, value in defaults.items() if value is not None})
+        if self.generation_defaults is not None:
+            from ..generation import build_settings  # needs torch
+
+            defaults = json.loads(self.generation_defaults)
+            build_settings({name: value for name, value in defaults.items() if value is not None})
         check_templates(self.caption_templates)
         if self.pretrained_model_name_or_path and json.loads(self.model_config).keys() & {"preset", "model_type"}:
             raise ValueError("`model_config` can't change `preset` or `model_type` of a pretrained model.")
@@ -352,13 +323,9 @@ class TokenizerTrainingArguments(BaseTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_channels(self.image_channels)
-        if self.autoencoder not in ("kl", "dc", "vq"):
-            raise ValueError(f"`autoencoder` has to be kl, dc or vq, got {self.autoencoder!r}.")
+        check_choices(self, image_channels=CHANNELS, autoencoder=("kl", "dc", "vq"), normalizer=NORMALIZERS)
         if self.autoencoder == "dc" and not self.latent_noise > 0:
             raise ValueError(f"`latent_noise` has to be above 0 for `autoencoder` dc, got {self.latent_noise}.")
-        if self.normalizer not in NORMALIZERS:
-            raise ValueError(f"`normalizer` has to be one of {list(NORMALIZERS)}, got {self.normalizer!r}.")
         if self.normalizer != "affine" and self.autoencoder == "vq":
             raise ValueError(f"`normalizer` has to be affine for `autoencoder` vq, got {self.normalizer!r}.")
         if self.quantize and self.autoencoder != "vq":
@@ -425,73 +392,58 @@ class TextEncoderTrainingArguments(BaseTrainingArguments):
         check_templates(self.caption_templates)
 
 
-class Parser(HfArgumentParser):
-    """A command line whose faults are errors like others."""
+@dataclass
+class LatentCacheArguments:
+    """Settings of a cache. Every field is described by `python -m mar_hf.training latents --help`."""
 
-    def error(self, message: str) -> NoReturn:
-        """Refuse the command line.
+    train_data_dir: str = field(metadata={"help": "image folder, parquet folder or saved dataset"})
+    pretrained_tokenizer: str = field(metadata={"help": "image tokenizer, folder or hub id"})
+    output_dir: str = field(metadata={"help": "where the latents go"})
+    resolution: int = field(default=256, metadata={"help": "side of the pictures in pixels"})
+    random_flip: bool = field(default=False, metadata={"help": "keep mirrored pictures too, for training with it"})
+    pretrained_text_encoder: str | None = field(
+        default=None, metadata={"help": "text encoder with its tokenizer, folder or hub id: keep captions as well"}
+    )
+    caption_column: str = field(default="text", metadata={"help": "column of captions: texts, or lists of texts"})
+    caption_templates: list[str] = field(
+        default_factory=lambda: ["{}"],
+        metadata={"help": "each caption is kept in each of them; {} is the caption, {label} the class"},
+    )
+    max_sequence_length: int = field(default=128, metadata={"help": "tokens after which a caption is cut"})
+    dtype: str = field(default="float32", metadata={"help": f"of what is stored: {', '.join(DTYPES)}"})
+    shard_size: int = field(default=1024, metadata={"help": "pictures a file"})
+    batch_size: int = field(default=64, metadata={"help": "pictures encoded at once"})
+    mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16; default: accelerate's"})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that read pictures"})
 
-        Args:
-            message (`str`): what is wrong with it.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"{message} (see --help)")
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_choices(self, dtype=DTYPES)
+        check_templates(self.caption_templates)
+        check_counts(self, resolution=1, shard_size=1, batch_size=1, max_sequence_length=1)
 
 
-def parse_arguments(cls: type[Settings], argv: Sequence[str] | None = None) -> Settings:
-    """Settings from a file and the command line, which has the last word.
+PROGRAMS: dict[str, type] = {
+    "model": TrainingArguments,
+    "tokenizer": TokenizerTrainingArguments,
+    "text_encoder": TextEncoderTrainingArguments,
+    "latents": LatentCacheArguments,
+}
+
+
+def split_program(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The program that the first word of `mar_hf.training` names; without such a word, the training of a model.
 
     Args:
-        cls (`type`): a dataclass of settings.
-        argv (`Sequence[str]`, *optional*): words of the command line; None takes the program's own. `--config FILE`
-            names a JSON or YAML file of settings; objects in it are handed on as JSON.
+        argv (`Sequence[str]`): words of the command line.
 
     Returns:
-        An instance of `cls`.
+        `str`, a name in `PROGRAMS`, and `list[str]`, the program's own words.
 
     Raises:
-        ValueError: if the file can't be read as settings or holds unknown ones, or an option is missing, unknown or
-            of another type.
+        ValueError: if there is no such program.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    source = Parser([], add_help=False, allow_abbrev=False)
-    source.add_argument("--config", metavar="FILE", help="JSON or YAML file; the command line overrides it")
-    path, words = source.parse_known_args(argv)
-    parser = Parser(cls, parents=[source], allow_abbrev=False)
-    if path.config is not None:
-        words = [*_words_of_file(path.config, {field.name for field in dataclasses.fields(cls)}), *words]
-    settings, *_, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-    if unknown:
-        known = [f"--{field.name}" for field in dataclasses.fields(cls)]
-        close = [f"did you mean {name}?" for name in difflib.get_close_matches(unknown[0], known, 1)]
-        parser.error(" ".join([f"unknown options {unknown}", *close]))
-    return settings
-
-
-def _words_of_file(path: str, known: set[str]) -> list[str]:
-    try:
-        # Every JSON file is a YAML file, but for numbers as 1e-4, which YAML 1.1 takes for strings.
-        text = pathlib.Path(path).read_text(encoding="utf-8")
-        settings = json.loads(text) if path.endswith(".json") else _load_yaml(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"`config` {path!r} can't be read: {error}") from error
-    if not isinstance(settings, dict) or not settings.keys() <= known:
-        wrong = sorted(settings.keys() - known) if isinstance(settings, dict) else type(settings).__name__
-        raise ValueError(f"`config` {path!r} holds unknown settings {wrong}; known are {sorted(known)}.")
-    words = []
-    for name, value in settings.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values)]
-    return words
-
-
-def _load_yaml(text: str) -> Any:
-    yaml = import_extra("yaml", "train")
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+    name, words = (argv[0], argv[1:]) if argv[:1] and not argv[0].startswith("-") else ("model", argv)
+    if name not in PROGRAMS:
+        raise ValueError(f"{name!r} is none of {', '.join(PROGRAMS)}")
+    return name, list(words)

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import pathlib
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,48 +18,14 @@ from ..models import load_text_encoder
 from ..tokenizers import ImageTokenizer
 from ..utils import atomic_file, atomic_folder, import_extra
 from .accelerator import make_accelerator
-from .arguments import check_types
+from .arguments import LatentCacheArguments
 from .image_data import ImageTransform, load_image_dataset
 from .latent_data import DTYPES, INDEX, check_shard, shard_name, shard_sizes
-from .text_data import caption_choices, check_templates, encode_choices
+from .text_data import caption_choices, encode_choices
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-@dataclass
-class LatentCacheArguments:
-    """Settings of a cache. Every field is described by `python -m mar_hf.training latents --help`."""
-
-    train_data_dir: str = field(metadata={"help": "image folder, parquet folder or saved dataset"})
-    pretrained_tokenizer: str = field(metadata={"help": "image tokenizer, folder or hub id"})
-    output_dir: str = field(metadata={"help": "where the latents go"})
-    resolution: int = field(default=256, metadata={"help": "side of the pictures in pixels"})
-    random_flip: bool = field(default=False, metadata={"help": "keep mirrored pictures too, for training with it"})
-    pretrained_text_encoder: str | None = field(
-        default=None, metadata={"help": "text encoder with its tokenizer, folder or hub id: keep captions as well"}
-    )
-    caption_column: str = field(default="text", metadata={"help": "column of captions: texts, or lists of texts"})
-    caption_templates: list[str] = field(
-        default_factory=lambda: ["{}"],
-        metadata={"help": "each caption is kept in each of them; {} is the caption, {label} the class"},
-    )
-    max_sequence_length: int = field(default=128, metadata={"help": "tokens after which a caption is cut"})
-    dtype: str = field(default="float32", metadata={"help": f"of what is stored: {', '.join(DTYPES)}"})
-    shard_size: int = field(default=1024, metadata={"help": "pictures a file"})
-    batch_size: int = field(default=64, metadata={"help": "pictures encoded at once"})
-    mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16; default: accelerate's"})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that read pictures"})
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if self.dtype not in DTYPES:
-            raise ValueError(f"`dtype` has to be one of {list(DTYPES)}, got {self.dtype!r}.")
-        check_templates(self.caption_templates)
-        for name in ("resolution", "shard_size", "batch_size", "max_sequence_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
 
 
 def source_digest(dataset: "Dataset", root: str) -> str:

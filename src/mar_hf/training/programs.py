@@ -2,16 +2,15 @@
 """The trainings as programs: `accelerate launch -m mar_hf.training [tokenizer | text_encoder | latents] ...`."""
 
 import logging
-import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from .arguments import BaseTrainingArguments, Settings, parse_arguments
-from .latent_cache import LatentCacheArguments, cache_latents
+from mar_hf_settings import run_program, told_in_a_line
+
+from .arguments import BaseTrainingArguments, LatentCacheArguments, split_program
+from .latent_cache import cache_latents
 from .trainer import Trainer
 from .trainer_base import BaseTrainer
 from .trainer_head import HeadTrainer
@@ -20,40 +19,6 @@ from .trainer_tokenizer import TokenizerTrainer
 
 
 TRAINERS = {"model": Trainer, "tokenizer": TokenizerTrainer, "text_encoder": TextEncoderTrainer}
-
-
-@contextmanager
-def told_in_a_line() -> Iterator[None]:
-    """End the program with one line and exit code 2 where settings or data are refused, which needs no traceback.
-
-    In Python's development mode (`python -X dev`) there is one.
-
-    Yields:
-        None.
-    """
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        if sys.flags.dev_mode:
-            raise
-        name = pathlib.Path(sys.argv[0]).name
-        name = "mar_hf.training" if name == "__main__.py" else name
-        sys.stderr.write(f"{name}: error: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from error
-
-
-def run_program(
-    function: Callable[[Settings], Any], arguments_class: type[Settings], argv: Sequence[str] | None = None
-) -> None:
-    """Do something with the settings of a command line; what is refused is told in a line.
-
-    Args:
-        function (`Callable`): takes the settings.
-        arguments_class (`type`): a dataclass of settings, see `parse_arguments`.
-        argv (`Sequence[str]`, *optional*): words of the command line; None takes the program's own.
-    """
-    with told_in_a_line():
-        function(parse_arguments(arguments_class, argv))
 
 
 def run_trainer(trainer_class: type[BaseTrainer], argv: Sequence[str] | None = None) -> None:
@@ -95,11 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv (`Sequence[str]`, *optional*): words of the command line; None takes the program's own.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    name = argv.pop(0) if argv[:1] and not argv[0].startswith("-") else "model"
+    with told_in_a_line():
+        name, words = split_program(sys.argv[1:] if argv is None else argv)
     if name == "latents":
-        return run_cache(argv)
-    if name not in TRAINERS:
-        with told_in_a_line():
-            raise ValueError(f"{name!r} is none of {', '.join([*TRAINERS, 'latents'])}")
-    return run_trainer(TRAINERS[name], argv)
+        return run_cache(words)
+    return run_trainer(TRAINERS[name], words)

@@ -25,25 +25,6 @@ def caption_choices(captions: Sequence[str], templates: Sequence[str], label: st
     return [template.format(caption, label=label) for caption in captions for template in templates]
 
 
-def check_templates(templates: Sequence[str]) -> None:
-    """Refuse templates that can't be filled in.
-
-    Args:
-        templates (`Sequence[str]`): see `caption_choices`.
-
-    Raises:
-        ValueError: if there are none, or one has no place for the caption or an unknown one.
-    """
-    try:
-        lost = not templates or any("\0" not in template.format("\0", label="") for template in templates)
-    except (LookupError, ValueError):
-        lost = True
-    if lost:
-        raise ValueError(
-            f"`caption_templates` has to hold texts with {{}} for the caption, and perhaps {{label}}, got {templates}."
-        )
-
-
 def encode_choices(
     choices: Sequence[Sequence[str]],
     text_encoder: PreTrainedModel,
