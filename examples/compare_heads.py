@@ -11,8 +11,6 @@ docs/heads.md says what is compared.
 
 import json
 import pathlib
-import subprocess
-import sys
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -21,36 +19,13 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
-import torch
-
-from mar_hf import ImageTokenizer, MARPipeline, demo_checkpoint
-from mar_hf.evaluation import (
-    Judge,
-    Pictures,
-    claim_folder,
-    describe_machine,
-    describe_versions,
-    load_pipeline,
-    median_seconds,
-    psnr,
-)
-from mar_hf.evaluation.classes import choose_labels
-from mar_hf.evaluation.experiments import once, read_result, run_all, run_script
-from mar_hf.evaluation.folders import read_json, write_json
-from mar_hf.evaluation.pictures import save_pictures
-from mar_hf.evaluation.speed import make_pictures
-from mar_hf.evaluation.tables import mean_and_deviation
-from mar_hf.heads import TOKEN_HEADS
-from mar_hf.models import BACKBONES as MODEL_TYPES
-from mar_hf.training import make_accelerator
-from mar_hf.utils import atomic_folder
-from mar_hf_settings import check_counts, run_program
+from mar_hf_settings import answer_early, check_counts, run_program
 
 
 EXAMPLES = pathlib.Path(__file__).parent
 CONFIG = EXAMPLES / "configs" / "compare_heads.json"
-# The first 100 pictures of each of these classes, skin tones included: about 17 emoji, of which as many pictures differ
-# as there are tones. Whole classes would need a longer training.
+# Emoji of people, skin tones included: many pictures that differ a little. The first 100 of each class can be learned
+# in a few hundred steps.
 CLASSES = ("family", "hand", "moving person", "person", "sport person", "working person")
 DATA_WORDS = ("--skin-tones", "--max-per-class", "100", "--test-fraction", "0.3", "--classes", *CLASSES)
 
@@ -60,12 +35,15 @@ BACKBONES = {
     "raster": {"model_type": "mar_hf_ar", "num_layers": 4, "order": "raster"},
 }
 INFERENCE_STEPS = {"masked": 8, "raster": 16}
-HEADS = {"diffusion": {"head_type": "diffusion", "head_config": {"num_layers": 3}}}
+HEADS = {
+    "diffusion": {"head_type": "diffusion", "head_config": {"num_layers": 3}},
+    "energy": {"head_type": "energy", "head_config": {"num_layers": 3}},
+}
 TOKENIZERS = {"plain": {"patch_size": 2}}  # what is changed of the one in the package
 # row: (backbone, head, tokenizer)
 ROWS = {
     **{f"masked_{head}": ("masked", head, "plain") for head in HEADS},
-    **{f"raster_{head}": ("raster", head, "plain") for head in ("diffusion",)},
+    **{f"raster_{head}": ("raster", head, "plain") for head in ("diffusion", "energy")},
 }
 # The row that the others are as large as, and the width of its head.
 STANDARD, STANDARD_WIDTH = "masked_diffusion", 128
@@ -125,6 +103,34 @@ class Arguments:
         return STEPS if seed == self.seeds[0] else FEW_STEPS
 
 
+if __name__ == "__main__":  # what is refused is refused before the imports below, which take seconds
+    answer_early(Arguments)
+
+import torch
+
+from mar_hf import ImageTokenizer, MARPipeline, demo_checkpoint
+from mar_hf.evaluation import (
+    Judge,
+    Pictures,
+    claim_folder,
+    describe_machine,
+    describe_versions,
+    load_pipeline,
+    median_seconds,
+    psnr,
+)
+from mar_hf.evaluation.classes import choose_labels
+from mar_hf.evaluation.experiments import once, read_result, run_all, run_script
+from mar_hf.evaluation.folders import read_json, write_json
+from mar_hf.evaluation.pictures import save_pictures
+from mar_hf.evaluation.speed import make_pictures
+from mar_hf.evaluation.tables import mean_and_deviation
+from mar_hf.heads import TOKEN_HEADS
+from mar_hf.models import BACKBONES as MODEL_TYPES
+from mar_hf.training import make_accelerator
+from mar_hf.utils import atomic_folder
+
+
 def with_width(settings: dict[str, Any], width: int) -> dict[str, Any]:
     """Settings of a model with a head of this width."""
     return settings | {"head_config": settings["head_config"] | {"hidden_size": width}}
@@ -165,8 +171,8 @@ def prepare_data(args: Arguments) -> None:
     """Write the emoji, a share of each class held out."""
     if not (args.folder / "data").exists():
         with atomic_folder(args.folder / "data") as folder:
-            words = [sys.executable, EXAMPLES / "prepare_emoji.py", folder, *DATA_WORDS]
-            subprocess.run([*map(str, words), *(["--npz", args.npz] if args.npz else [])], check=True)
+            words = [folder, *DATA_WORDS, *(["--npz", args.npz] if args.npz else [])]
+            run_script(EXAMPLES / "prepare_emoji.py", words)
 
 
 @cache

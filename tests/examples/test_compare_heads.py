@@ -158,4 +158,4 @@ def test_wrong_settings_are_refused(settings, message):
 
 def test_nothing_is_drawn_of_an_empty_folder(tmp_path):
     with pytest.raises(ValueError, match="has no heads.json: run compare_heads.py first"):
-        draw_heads.main(draw_heads.Arguments(str(tmp_path)))
+        draw_heads.Arguments(str(tmp_path))
