@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from . import conversion, generation
 from .demo import demo_checkpoint, demo_text_encoder
-from .heads import TOKEN_HEADS, CategoricalHead, DiffusionHead, TokenHead
+from .heads import TOKEN_HEADS, CategoricalHead, DiffusionHead, FlowMatchingHead, TokenHead
 from .hub import build_model_card
 from .models import (
     ARConfig,
@@ -44,6 +44,7 @@ __all__ = [
     "BackboneOutput",
     "CategoricalHead",
     "DiffusionHead",
+    "FlowMatchingHead",
     "ImageTokenizer",
     "ImageTokenizerConfig",
     "MARConfig",

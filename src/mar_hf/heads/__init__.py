@@ -4,9 +4,14 @@
 from .head_base import TokenHead
 from .head_categorical import CategoricalHead
 from .head_diffusion import DiffusionHead
+from .head_flow_matching import FlowMatchingHead
 from .modulation import ModulatedHead
 
 
-TOKEN_HEADS: dict[str, type[TokenHead]] = {"categorical": CategoricalHead, "diffusion": DiffusionHead}
+TOKEN_HEADS: dict[str, type[TokenHead]] = {
+    "categorical": CategoricalHead,
+    "diffusion": DiffusionHead,
+    "flow_matching": FlowMatchingHead,
+}
 
-__all__ = ["TOKEN_HEADS", "CategoricalHead", "DiffusionHead", "ModulatedHead", "TokenHead"]
+__all__ = ["TOKEN_HEADS", "CategoricalHead", "DiffusionHead", "FlowMatchingHead", "ModulatedHead", "TokenHead"]
