@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every token head offers."""
 
+import copy
+import inspect
 import math
 from abc import ABC, abstractmethod
 from numbers import Integral, Real
 from typing import Any, TypedDict
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import BaseGuidance, SchedulerMixin
 from torch import nn
 from typing_extensions import Unpack
 
@@ -84,6 +86,42 @@ def as_computed(states: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     return states.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else states
 
 
+def guide(
+    conditional: torch.Tensor,
+    unconditional: torch.Tensor,
+    guidance_scale: float,
+    guider: BaseGuidance | None = None,
+    step: int = 0,
+    num_steps: int = 1,
+    timestep: float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Guidance of one head step: of noise, velocities, logits or conditions, whatever a head guides.
+
+    Without a guider it is linear: unconditional + s (conditional - unconditional) (arXiv:2207.12598).
+
+    Args:
+        conditional (`torch.Tensor` of shape `(..., size)`): with the class or text. Each row is guided by itself.
+        unconditional (`torch.Tensor` of the same shape): without it.
+        guidance_scale (`float`): s; 1.0 means none. It takes the place of the guider's own, which this changes.
+        guider (`BaseGuidance`, *optional*): another rule, of diffusers.
+        step (`int`, *optional*, defaults to 0): of the head's sampler. What a guider keeps between steps, as a
+            momentum, begins anew at step 0.
+        num_steps (`int`, *optional*, defaults to 1): that the head's sampler takes.
+        timestep (`float` or `torch.Tensor`, *optional*): of that step.
+
+    Returns:
+        `torch.Tensor` of the same shape.
+    """
+    if guider is None:
+        return torch.lerp(unconditional, conditional, guidance_scale)
+    # The original formulation starts at the conditional prediction: there, 0 means none.
+    original = getattr(guider, "use_original_formulation", False)
+    guider.guidance_scale = guidance_scale - 1 if original else guidance_scale
+    guider.set_state(step, num_steps, timestep)
+    rows = tuple(prediction.flatten(0, -2) for prediction in (conditional, unconditional))
+    return guider(guider.prepare_inputs({"noise_pred": rows})).pred.view_as(conditional)
+
+
 class HeadBlock(nn.Module):
     """What the residual blocks of heads are made of: a norm and two linear layers with SiLU between them.
 
@@ -107,6 +145,7 @@ class SamplingSettings(TypedDict):
     """What `draw` of every head is given beside conditions."""
 
     guidance_scale: float
+    guider: BaseGuidance | None
     scheduler: SchedulerMixin | None
     num_steps: int
     temperature: float
@@ -144,6 +183,10 @@ class TokenHead(nn.Module, ABC):
     most_steps: int = 1000
     # Vectors of noise, of `token_dim` numbers, that a step is given; the start has one beside.
     noise_per_step: int = 1
+    # Whether guidance combines conditions before the head, and not what the head predicts from each.
+    guides_condition: bool = False
+    # Whether guidance is of velocities: where they are 0, a sample stays as it is.
+    guides_velocity: bool = False
     # Numbers in a token and in a condition; the constructor sets them.
     token_dim: int
     condition_dim: int | None = None
@@ -226,6 +269,38 @@ class TokenHead(nn.Module, ABC):
             ValueError: if one does not fit, or the head has no such setting.
         """
 
+    def check_guider(self, guider: BaseGuidance | None) -> None:
+        """Refuse a guider that `guide` can't use.
+
+        Args:
+            guider (`BaseGuidance`, *optional*): the candidate; None, the linear rule, will do for every head.
+
+        Raises:
+            ValueError: if it is none of diffusers' guiders, needs other predictions than two or layers of the model,
+                has not one scale, or starts with zeros where they are no velocities; names its class.
+        """
+        if guider is None:
+            return
+        name, cls = type(guider).__name__, type(guider)
+        if not isinstance(guider, BaseGuidance):
+            raise ValueError(f"`guider` has to be a guider of diffusers, got {name}.")
+        if cls._input_predictions != ["pred_cond", "pred_uncond"]:
+            raise ValueError(
+                f"`guider` has to work with a conditional and an unconditional prediction, but {name} takes "
+                f"{cls._input_predictions}."
+            )
+        if cls.prepare_models is not BaseGuidance.prepare_models:
+            raise ValueError(f"`guider` has to leave the model as it is, but {name} changes its layers.")
+        if "guidance_scale" not in inspect.signature(cls).parameters:
+            raise ValueError(
+                f"`guider` has to have a `guidance_scale`, which that of a call takes the place of, but {name} has none."
+            )
+        if getattr(guider, "zero_init_steps", 0) > 0 and not self.guides_velocity:
+            raise ValueError(
+                f"`guider` {name} has to have `zero_init_steps` 0 with {type(self).__name__}, got "
+                f"{guider.zero_init_steps}: there, zeros are not a step that changes nothing."
+            )
+
     def loss(
         self,
         *,
@@ -303,6 +378,7 @@ class TokenHead(nn.Module, ABC):
         condition: torch.Tensor,
         negative_condition: torch.Tensor | None = None,
         guidance_scale: float = 1.0,
+        guider: BaseGuidance | None = None,
         scheduler: SchedulerMixin | None = None,
         num_steps: int,
         temperature: float = 1.0,
@@ -317,6 +393,8 @@ class TokenHead(nn.Module, ABC):
                 positions wanted.
             negative_condition (`torch.Tensor` of the same shape, *optional*): without the class, for guidance.
             guidance_scale (`float`, *optional*, defaults to 1.0): 1.0 means no guidance.
+            guider (`BaseGuidance`, *optional*): how guidance is done, in place of the linear rule: one of diffusers,
+                whose own `guidance_scale` does not count.
             scheduler (`SchedulerMixin`, *optional*): the sampler, for heads that have one.
             num_steps (`int`): sampler steps.
             temperature (`float`, *optional*, defaults to 1.0): below 1.0, samples vary less.
@@ -339,6 +417,7 @@ class TokenHead(nn.Module, ABC):
             raise ValueError(f"`num_steps` has to be an integer, got {num_steps!r}.")
         check_number("temperature", temperature, -1e4, 1e4)  # each head has its own range
         self.check_scheduler(scheduler, temperature, **head_kwargs)
+        self.check_guider(guider)
         most = self.most_steps
         if self.scheduler_class is not None:
             most = getattr(scheduler, "config", {}).get("num_train_timesteps", num_steps)
@@ -368,6 +447,7 @@ class TokenHead(nn.Module, ABC):
                 raise ValueError(f"`noise` has to be of shape {expected}, got {tuple(noise.shape)}.")
         settings = {"guidance_scale": guidance_scale, "scheduler": scheduler, "num_steps": num_steps, **head_kwargs}
         settings |= {"temperature": float(temperature), "noise": noise, "generator": generator}
+        settings["guider"] = copy.copy(guider)  # it keeps the state of the sampling
         return self.draw(condition=condition, negative_condition=negative_condition, **settings)
 
     @abstractmethod
@@ -384,6 +464,7 @@ class TokenHead(nn.Module, ABC):
         Args:
             condition, negative_condition, guidance_scale, scheduler, num_steps, temperature, noise, generator (as of
                 `sample`): all of them, checked.
+            guider (`BaseGuidance`, *optional*): as of `sample`, for `guide`; this call's own, which keeps its state.
 
         Returns:
             `torch.Tensor` of shape `(batch, num_tokens, token_dim)`: float32.

@@ -5,14 +5,14 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import BaseGuidance, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from transformers import initialization as init
 
 from ..tokenizers import ImageTokenizer
 from ..utils import check_count
-from .head_base import HeadBlock, TokenHead, as_computed
+from .head_base import HeadBlock, TokenHead, as_computed, guide
 
 
 class CategoricalHeadBlock(HeadBlock):
@@ -162,6 +162,7 @@ class CategoricalHead(TokenHead):
         condition: torch.Tensor,
         negative_condition: torch.Tensor | None,
         guidance_scale: float,
+        guider: BaseGuidance | None,
         temperature: float,
         noise: torch.Tensor | None,
         generator: torch.Generator | list[torch.Generator] | None,
@@ -171,9 +172,9 @@ class CategoricalHead(TokenHead):
     ) -> torch.Tensor:
         """Sample vectors of the codebook.
 
-        Guidance is `uncond + guidance_scale * (cond - uncond)` on logits, which are then divided by the temperature: 0
-        takes the likeliest code. The first number of a token's noise decides: its place in the normal distribution is
-        the place in that of the codes. Scheduler and steps are without effect.
+        Guidance, by `guide`, is on logits, which are then divided by the temperature: 0 takes the likeliest code. The
+        first number of a token's noise decides: its place in the normal distribution is the place in that of the
+        codes. Scheduler and steps are without effect.
 
         Args:
             top_k (`int`, *optional*): only the likeliest so many codes; None means all.
@@ -190,8 +191,7 @@ class CategoricalHead(TokenHead):
         guided = guidance_scale != 1.0
         logits = self(torch.cat([condition, negative_condition]) if guided else condition)
         if guided:
-            logits, unconditional = logits.chunk(2)
-            logits = unconditional + guidance_scale * (logits - unconditional)
+            logits = guide(*logits.chunk(2), guidance_scale, guider)
         if temperature == 0:
             return self.codebook[logits.argmax(-1)].float()
         if noise is None:

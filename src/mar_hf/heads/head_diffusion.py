@@ -8,10 +8,11 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers import BaseGuidance, DDPMScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..schedulers import TokenDDPMScheduler
+from .head_base import guide
 from .modulation import ModulatedHead
 
 
@@ -108,6 +109,7 @@ class DiffusionHead(ModulatedHead):
         condition: torch.Tensor,
         negative_condition: torch.Tensor | None,
         guidance_scale: float,
+        guider: BaseGuidance | None,
         scheduler: SchedulerMixin,
         num_steps: int,
         temperature: float,
@@ -117,9 +119,9 @@ class DiffusionHead(ModulatedHead):
     ) -> torch.Tensor:
         """Sample tokens by reverse diffusion.
 
-        Guidance is `uncond + guidance_scale * (cond - uncond)` on epsilon; the variance is the conditional one. Only
-        the conditional state is kept, which equals the original's two copies. The temperature multiplies the injected
-        noise, not the start. Schedulers other than [`TokenDDPMScheduler`] draw the noise that they inject themselves.
+        Guidance, by `guide`, is on epsilon; the variance is the conditional one. Only the conditional state is kept,
+        which equals the original's two copies. The temperature multiplies the injected noise, not the start.
+        Schedulers other than [`TokenDDPMScheduler`] draw the noise that they inject themselves.
 
         Args:
             guidance_refresh (`int`, *optional*, defaults to 1): guided steps for which the unconditional branch is
@@ -162,7 +164,11 @@ class DiffusionHead(ModulatedHead):
                     change = unconditional - epsilon if refresh > 1 else None
                 else:
                     unconditional = epsilon + change  # of the last full step
-                output = torch.cat([torch.lerp(unconditional, epsilon, guidance_scale), variance], -1)
+                if guider is None:
+                    epsilon = torch.lerp(unconditional, epsilon, guidance_scale)  # as `guide`, without its call
+                else:
+                    epsilon = guide(epsilon, unconditional, guidance_scale, guider, step, num_steps, timestep)
+                output = torch.cat([epsilon, variance], -1)
             if own:
                 injected = None if noise is None else noise[:, :, step + 1]
                 stepped = scheduler.step(output, timestep, sample, temperature, injected, generator, return_dict=False)

@@ -10,6 +10,8 @@ GENERATOR = "(`torch.Generator` or `list[torch.Generator]`, *optional*)"
 ARGUMENTS = {
     "class_labels": "(`torch.Tensor` of shape `(batch,)`, *optional*): int64; `num_classes`, as None, means the null "
     "class. The range is checked where that needs no waiting for a device: of labels on the CPU.",
+    "condition": "(`torch.Tensor` of shape `(batch, rows, condition_dim)`, *optional*): in place of the backbone's, "
+    "which is not run: of any number of tokens, for the loss of the head alone, with the `mask` of these.",
     "generator": f"{GENERATOR}: for what is drawn in training: one, or one per image; None means torch's global one.",
     "noise": "(`torch.Tensor` of shape `(head_batch_multiplier * batch * num_tokens, token_dim)`, *optional*): of the "
     "loss.",

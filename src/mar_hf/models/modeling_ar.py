@@ -364,6 +364,7 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
         past_key_values: Cache | None = None,
         *,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        condition: torch.Tensor | None = None,
         return_loss: bool | None = None,
         sampling: dict[str, Any] | None = None,
         **inputs: Unpack[BackboneInputs],
@@ -384,7 +385,8 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
             tokens_per_step (`list[int]`, *optional*): tokens of each step up to the one wanted; None means one each.
                 In training it is drawn where neither it nor `orders` is given.
             past_key_values (`Cache`, *optional*): keys and values of earlier steps; see [`ARModel`].
-            {generator, return_loss, sampling, prompt_embeds, prompt_attention_mask, text_context, return_dict}
+            {generator, condition, return_loss, sampling}
+            {prompt_embeds, prompt_attention_mask, text_context, return_dict}
             {output_hidden_states, output_attentions}
 
         Returns:
@@ -396,6 +398,10 @@ class ARForImageGeneration(TokenHeadMixin, ARPreTrainedModel):
         """
         if sampling is not None:
             return self.head.draw(**sampling)
+        if condition is not None:
+            return self.with_loss(
+                BackboneOutput(condition=condition), tokens, mask, scheduler=noise_scheduler, generator=generator
+            )
         if return_loss is None:
             return_loss = noise_scheduler is not None
         self._check_inputs(tokens, mask, generator, orders)

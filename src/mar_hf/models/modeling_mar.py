@@ -218,6 +218,7 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
         *,
         generator: torch.Generator | list[torch.Generator] | None = None,
         positions: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
         return_loss: bool | None = None,
         sampling: dict[str, Any] | None = None,
         **inputs: Unpack[BackboneInputs],
@@ -238,7 +239,7 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
             {generator}
             positions (`torch.Tensor` of shape `(batch, count)`, *optional*): int64, where a condition is wanted; not
                 with a loss, which needs all. None: everywhere.
-            {return_loss, sampling}
+            {condition, return_loss, sampling}
             {prompt_embeds, prompt_attention_mask, text_context, return_dict}
             {output_hidden_states, output_attentions}
 
@@ -252,6 +253,10 @@ class MARForImageGeneration(TokenHeadMixin, MARPreTrainedModel):
         """
         if sampling is not None:
             return self.head.draw(**sampling)
+        if condition is not None:
+            return self.with_loss(
+                BackboneOutput(condition=condition), tokens, mask, scheduler=noise_scheduler, generator=generator
+            )
         if return_loss is None:
             return_loss = noise_scheduler is not None
         if positions is not None and return_loss:

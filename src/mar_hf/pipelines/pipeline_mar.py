@@ -10,7 +10,7 @@ from threading import get_ident
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import BaseGuidance, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging, replace_example_docstring
 from huggingface_hub import create_repo, file_exists
@@ -97,14 +97,19 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
             ", ".
         generation_defaults (`dict`, *optional*): what `__call__` uses where an argument is None, saved with the
             pipeline; keys are those of `GENERATION_DEFAULTS`, which fill the gaps.
+        guider (`BaseGuidance`, *optional*): how guidance is done within the head, in place of the linear rule:
+            `ClassifierFreeGuidance`, `ClassifierFreeZeroStarGuidance`, `AdaptiveProjectedGuidance`,
+            `AdaptiveProjectedMixGuidance`, `TangentialClassifierFreeGuidance` or `MagnitudeAwareGuidance` of
+            diffusers, or one like these. Its steps, `start` and `stop` are those of the head; its `guidance_scale` is
+            the call's, step by step.
 
     Raises:
-        ValueError: if the image tokenizer's tokens, the text encoder or the classes do not fit the transformer, or a
-            default is unknown.
+        ValueError: if the image tokenizer's tokens, the text encoder, the guider or the classes do not fit the
+            transformer, or a default is unknown.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ["scheduler", "text_encoder", "tokenizer"]
+    _optional_components = ["scheduler", "text_encoder", "tokenizer", "guider"]
     _callback_tensor_inputs = ["latents", "mask"]
 
     def __init__(
@@ -116,11 +121,12 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
         tokenizer: PreTrainedTokenizerBase | None = None,
         id2label: dict | None = None,
         generation_defaults: dict | None = None,
+        guider: BaseGuidance | None = None,
     ):
         super().__init__()
         components = {
             **{"transformer": transformer, "vae": vae, "scheduler": scheduler},
-            **{"text_encoder": text_encoder, "tokenizer": tokenizer},
+            **{"text_encoder": text_encoder, "tokenizer": tokenizer, "guider": guider},
         }
         check_components(type(self), **components)
         self.register_modules(**components)
@@ -138,6 +144,7 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
         if transformer is not None and text_encoder is not None:
             check_text_encoder(text_encoder, transformer.config.text_dim)
         if transformer is not None:
+            transformer.head.check_guider(guider)
             own = {"id2label": id2label, "generation_defaults": generation_defaults}
             before = vars(transformer).get("_of_pipeline", own)
             if lost := [name for name, value in own.items() if value is None and before[name]]:
@@ -278,6 +285,8 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
                 "every step."
             )
         self.transformer.head.check_scheduler(self.scheduler, settings.temperature, **settings.head_kwargs or {})
+        if self.guider is not None:
+            self.transformer.head.check_guider(self.guider)
         if not isinstance(settings.generation_order, str):
             check_orders(settings.generation_order, len(labels), config.grid_height * config.grid_width)
         sources = generator if isinstance(generator, list) else [generator] * len(labels)
@@ -522,7 +531,8 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
         transformer = by_onednn(self.transformer) if torch.backends.mkldnn.enabled else self.transformer
         sample = getattr(transformer, "_orig_mod", transformer).forward  # where hooks hang; never compiled as a whole
         backbone = GuidedBackbone(transformer, plan, labels, make_text_context, settings.guidance_refresh)
-        scheduler = copy.deepcopy(self.scheduler)  # it counts steps, and other calls may run
+        # They keep the state of a call, and other calls may run.
+        scheduler, guider = copy.deepcopy(self.scheduler), copy.copy(self.guider)
         steps, tokens, mask = plan.steps, plan.tokens, plan.mask
         with self.progress_bar(total=len(steps)) as progress_bar:
             for number in range(len(steps)):
@@ -538,6 +548,7 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
                     "condition": condition,
                     "negative_condition": negative,
                     "guidance_scale": step.guidance_scale,
+                    "guider": guider,
                     "scheduler": scheduler,
                     "num_steps": step.num_diffusion_steps,
                     "temperature": settings.temperature,

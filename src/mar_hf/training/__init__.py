@@ -12,12 +12,14 @@ from .latent_cache import LatentCacheArguments, cache_latents
 from .latent_data import load_latents
 from .trainer import Trainer
 from .trainer_base import BaseTrainer
+from .trainer_head import HeadTrainer
 from .trainer_text_encoder import TextEncoderTrainer
 from .trainer_tokenizer import TokenizerTrainer
 
 
 __all__ = [
     "BaseTrainer",
+    "HeadTrainer",
     "ImageTransform",
     "LatentCacheArguments",
     "TextEncoderTrainer",

@@ -184,6 +184,13 @@ class TrainingArguments(BaseTrainingArguments):
         default="{}",
         metadata={"help": "JSON object: settings of the model; `preset` names a size, `model_type` a backbone"},
     )
+    distill_head: bool = field(
+        default=False,
+        metadata={
+            "help": "train the head of `model_config` on what the pipeline's own head draws; the backbone stays"
+        },
+    )
+    distill_images: int = field(default=2048, metadata={"help": "pictures that are drawn for it, once"})
     lora_rank: int | None = field(default=None, metadata={"help": "train low-rank updates of all linear layers only"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "save memory, recompute activations"})
 
@@ -222,6 +229,7 @@ class TrainingArguments(BaseTrainingArguments):
     at_least: ClassVar[dict[str, float]] = {
         **BaseTrainingArguments.at_least,
         **{name: 1 for name in ("validation_steps", "validation_images", "resolution", "patch_size", "lora_rank")},
+        "distill_images": 1,
         **{name: 0 for name in ("random_shift", "adam_weight_decay", "max_timestep")},
     }
     above_zero: ClassVar[tuple[str, ...]] = ("max_grad_norm",)
@@ -249,8 +257,27 @@ class TrainingArguments(BaseTrainingArguments):
         check_templates(self.caption_templates)
         if self.pretrained_model_name_or_path and json.loads(self.model_config).keys() & {"preset", "model_type"}:
             raise ValueError("`model_config` can't change `preset` or `model_type` of a pretrained model.")
+        if self.distill_head:
+            self.check_distillation()
         if self.push_to_hub and self.hub_token and "wandb" in self.report_to:
             raise ValueError("`hub_token` would be logged by wandb; use `hf auth login`.")
+
+    def check_distillation(self) -> None:
+        """Refuse settings that do not go with `distill_head`.
+
+        Raises:
+            ValueError: if there is no pipeline or no head, or the backbone would be changed.
+        """
+        if self.pretrained_model_name_or_path is None:
+            raise ValueError("`distill_head` needs `pretrained_model_name_or_path`, whose head is the teacher.")
+        if self.lora_rank is not None:
+            raise ValueError(f"`lora_rank` has to be left out with `distill_head`, got {self.lora_rank}.")
+        settings = json.loads(self.model_config)
+        if "head_type" not in settings or settings.keys() - {"head_type", "head_config", "head_batch_multiplier"}:
+            raise ValueError(
+                "`model_config` has to name `head_type`, and may have `head_config` and `head_batch_multiplier`, with "
+                f"`distill_head`, got {settings}."
+            )
 
 
 @dataclass

@@ -14,6 +14,7 @@ from .arguments import BaseTrainingArguments, Settings, parse_arguments
 from .latent_cache import LatentCacheArguments, cache_latents
 from .trainer import Trainer
 from .trainer_base import BaseTrainer
+from .trainer_head import HeadTrainer
 from .trainer_text_encoder import TextEncoderTrainer
 from .trainer_tokenizer import TokenizerTrainer
 
@@ -64,7 +65,8 @@ def run_trainer(trainer_class: type[BaseTrainer], argv: Sequence[str] | None = N
     """
 
     def train(args: BaseTrainingArguments) -> None:
-        trainer = trainer_class(args)
+        distils = trainer_class is Trainer and args.distill_head
+        trainer = (HeadTrainer if distils else trainer_class)(args)
         trainer.train()
         if trainer.summary:
             tqdm.write(trainer.summary)

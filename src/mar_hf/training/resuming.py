@@ -27,6 +27,7 @@ RULES = {
     **dict.fromkeys(
         (
             *("seed", "model_config", "lora_rank", "pretrained_model_name_or_path", "ignore_classes"),
+            *("distill_head", "distill_images"),
             *("resolution", "patch_size", "image_channels", "caption_templates"),
             *("autoencoder", "block_out_channels", "layers_per_block", "latent_channels", "num_codes"),
             *("discriminator_start", "vocab_size", "hidden_size", "num_layers", "num_attention_heads"),

@@ -6,7 +6,7 @@ import pathlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -76,9 +76,12 @@ class Trainer(BaseTrainer):
 
     arguments_class = TrainingArguments
     args: TrainingArguments
+    distils: ClassVar[bool] = False  # whether it is the one for `distill_head`
 
     def __init__(self, args: TrainingArguments):
         super().__init__(args)
+        if args.distill_head != self.distils:
+            raise ValueError(f"`distill_head` has to be {self.distils} for {type(self).__name__}.")
         check_model_config(args)
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True

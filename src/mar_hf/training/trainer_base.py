@@ -199,6 +199,14 @@ class BaseTrainer(ABC):
         if self.ema is not None:
             self.ema.decay = self.args.ema_decay
 
+    def examples(self) -> tuple[Dataset, Callable[[list[dict]], dict[str, Any]]]:
+        """What is stepped through.
+
+        Returns:
+            `torch.utils.data.Dataset`, and what makes a batch of its rows.
+        """
+        return self.dataset, self.collate
+
     def make_batches(self) -> DataLoader:
         """A process' batches from the run's position on.
 
@@ -207,11 +215,12 @@ class BaseTrainer(ABC):
         """
         args, accelerator = self.args, self.accelerator
         rank, world_size = accelerator.process_index, accelerator.num_processes
-        size, start = len(self.dataset), self.progress.position
+        dataset, collate = self.examples()
+        size, start = self.progress.num_examples, self.progress.position
         return DataLoader(
-            PositionedDataset(self.dataset),
+            PositionedDataset(dataset),
             batch_sampler=TrainingBatches(size, args.train_batch_size, args.seed, rank, world_size, start),
-            collate_fn=self.collate,
+            collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=accelerator.device.type == "cuda",
             # Its own: an iterator over batches takes a number from the global state, which dropout draws from.
