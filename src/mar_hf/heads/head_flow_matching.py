@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, SchedulerMixin
+from diffusers import BaseGuidance, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, SchedulerMixin
 
 from ..schedulers import TokenFlowScheduler
 from ..utils import check_number
+from .head_base import guide
 from .modulation import ModulatedHead
 
 
@@ -41,6 +42,7 @@ class FlowMatchingHead(ModulatedHead):
     """
 
     scheduler_class = TokenFlowScheduler
+    guides_velocity = True
 
     def __init__(
         self,
@@ -141,6 +143,7 @@ class FlowMatchingHead(ModulatedHead):
         condition: torch.Tensor,
         negative_condition: torch.Tensor | None,
         guidance_scale: float,
+        guider: BaseGuidance | None,
         scheduler: SchedulerMixin,
         num_steps: int,
         temperature: float,
@@ -149,7 +152,7 @@ class FlowMatchingHead(ModulatedHead):
     ) -> torch.Tensor:
         """Sample tokens along the flow, from noise to data.
 
-        Guidance is `uncond + guidance_scale * (cond - uncond)` on the velocity. The temperature multiplies the noise
+        Guidance, by `guide`, is on the velocity. The temperature multiplies the noise
         that [`TokenFlowScheduler`] injects; where a sampler injects none, it multiplies the noise of the start.
         Schedulers of diffusers draw the noise that they inject themselves. A step of Heun's method, but for the last,
         takes two calls of the network.
@@ -174,7 +177,8 @@ class FlowMatchingHead(ModulatedHead):
                 noisy = torch.cat([sample] * 2) if guided else sample
                 velocity = (noisy - velocity) / (timestep.item() / len(scheduler))
             if guided:
-                velocity = torch.lerp(velocity[batch:], velocity[:batch], guidance_scale)
+                place = (step, len(scheduler.timesteps), timestep)
+                velocity = guide(velocity[:batch], velocity[batch:], guidance_scale, guider, *place)
             injected = {"generator": generator}
             if own:
                 given = None if noise is None else noise[:, :, step + 1].to(sample)
