@@ -11,46 +11,23 @@ docs/heads.md says what is compared.
 
 import json
 import pathlib
-import subprocess
-import sys
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
-import torch
-
-from mar_hf import ImageTokenizer, MARPipeline, demo_checkpoint
-from mar_hf.evaluation import (
-    Judge,
-    Pictures,
-    claim_folder,
-    describe_machine,
-    describe_versions,
-    load_pipeline,
-    median_seconds,
-    psnr,
-)
-from mar_hf.evaluation.classes import choose_labels
-from mar_hf.evaluation.experiments import once, read_result, run_all, run_script
-from mar_hf.evaluation.folders import read_json, write_json
-from mar_hf.evaluation.pictures import save_pictures
-from mar_hf.evaluation.speed import make_pictures
-from mar_hf.evaluation.tables import mean_and_deviation
-from mar_hf.heads import TOKEN_HEADS
-from mar_hf.models import BACKBONES as MODEL_TYPES
-from mar_hf.training import make_accelerator
-from mar_hf.utils import atomic_folder
-from mar_hf_settings import check_counts, run_program
+from mar_hf_settings import answer_early, check_counts, run_program
 
 
 EXAMPLES = pathlib.Path(__file__).parent
 CONFIG = EXAMPLES / "configs" / "compare_heads.json"
-# The first 240 pictures of each of these classes, skin tones included: the classes that have so many.
+# Emoji of people, skin tones included: many pictures that differ a little. The first 100 of each class can be learned
+# in a few hundred steps.
 CLASSES = ("family", "hand", "moving person", "person", "sport person", "working person")
-DATA_WORDS = ("--skin-tones", "--max-per-class", "240", "--test-fraction", "0.2", "--classes", *CLASSES)
+DATA_WORDS = ("--skin-tones", "--max-per-class", "100", "--test-fraction", "0.3", "--classes", *CLASSES)
 
 # What the models do not share; the rest stands in `CONFIG`. How wide a head is, `find_width` says.
 BACKBONES = {
@@ -58,12 +35,15 @@ BACKBONES = {
     "raster": {"model_type": "mar_hf_ar", "num_layers": 4, "order": "raster"},
 }
 INFERENCE_STEPS = {"masked": 8, "raster": 16}
-HEADS = {"diffusion": {"head_type": "diffusion", "head_config": {"num_layers": 3}}}
+HEADS = {
+    "diffusion": {"head_type": "diffusion", "head_config": {"num_layers": 3}},
+    "energy": {"head_type": "energy", "head_config": {"num_layers": 3}},
+}
 TOKENIZERS = {"plain": {"patch_size": 2}}  # what is changed of the one in the package
 # row: (backbone, head, tokenizer)
 ROWS = {
     **{f"masked_{head}": ("masked", head, "plain") for head in HEADS},
-    **{f"raster_{head}": ("raster", head, "plain") for head in ("diffusion",)},
+    **{f"raster_{head}": ("raster", head, "plain") for head in ("diffusion", "energy")},
 }
 # The row that the others are as large as, and the width of its head.
 STANDARD, STANDARD_WIDTH = "masked_diffusion", 128
@@ -112,7 +92,7 @@ class Arguments:
     @property
     def num_images_per_class(self) -> int:
         """Samples of each class, with each setting."""
-        return 2 if self.quick else 48
+        return 2 if self.quick else 30
 
     def steps(self, row: str, seed: int) -> tuple[int, ...]:
         """The numbers of head steps that are measured: 1 for a head that has none."""
@@ -121,6 +101,34 @@ class Arguments:
         if self.quick:
             return (1, 2)
         return STEPS if seed == self.seeds[0] else FEW_STEPS
+
+
+if __name__ == "__main__":  # what is refused is refused before the imports below, which take seconds
+    answer_early(Arguments)
+
+import torch
+
+from mar_hf import ImageTokenizer, MARPipeline, demo_checkpoint
+from mar_hf.evaluation import (
+    Judge,
+    Pictures,
+    claim_folder,
+    describe_machine,
+    describe_versions,
+    load_pipeline,
+    median_seconds,
+    psnr,
+)
+from mar_hf.evaluation.classes import choose_labels
+from mar_hf.evaluation.experiments import once, read_result, run_all, run_script
+from mar_hf.evaluation.folders import read_json, write_json
+from mar_hf.evaluation.pictures import save_pictures
+from mar_hf.evaluation.speed import make_pictures
+from mar_hf.evaluation.tables import mean_and_deviation
+from mar_hf.heads import TOKEN_HEADS
+from mar_hf.models import BACKBONES as MODEL_TYPES
+from mar_hf.training import make_accelerator
+from mar_hf.utils import atomic_folder
 
 
 def with_width(settings: dict[str, Any], width: int) -> dict[str, Any]:
@@ -139,7 +147,12 @@ def count_parameters(settings: dict[str, Any]) -> int:
 
 def find_width(settings: dict[str, Any], parameters: int) -> int:
     """The width of the head, out of `WIDTHS`, that brings a model nearest to a number of parameters."""
-    return min(WIDTHS, key=lambda width: abs(count_parameters(with_width(settings, width)) - parameters))
+
+    def count(width: int) -> int:
+        return count_parameters(with_width(settings, width))
+
+    place = bisect_left(WIDTHS, parameters, key=count)  # the first that is at least as large
+    return min(WIDTHS[max(place - 1, 0) : place + 1], key=lambda width: abs(count(width) - parameters))
 
 
 @cache
@@ -155,11 +168,11 @@ def model_config(row: str, quick: bool = False) -> dict[str, Any]:
 
 
 def prepare_data(args: Arguments) -> None:
-    """Write the emoji, a fifth of each class held out."""
+    """Write the emoji, a share of each class held out."""
     if not (args.folder / "data").exists():
         with atomic_folder(args.folder / "data") as folder:
-            words = [sys.executable, EXAMPLES / "prepare_emoji.py", folder, *DATA_WORDS]
-            subprocess.run([*map(str, words), *(["--npz", args.npz] if args.npz else [])], check=True)
+            words = [folder, *DATA_WORDS, *(["--npz", args.npz] if args.npz else [])]
+            run_script(EXAMPLES / "prepare_emoji.py", words)
 
 
 @cache
@@ -262,19 +275,19 @@ def measure_steps(args: Arguments, row: str, seed: int) -> dict:
 def timed_head(pipeline: MARPipeline) -> Iterator[list[float]]:
     """Notes the seconds of each time that the head samples."""
     head, seconds = pipeline.transformer.head, []
-    sample = head.sample
+    draw = head.draw
 
     def timed(**settings: Any) -> torch.Tensor:
         start = time.perf_counter()
-        tokens = sample(**settings)
+        tokens = draw(**settings)
         seconds.append(time.perf_counter() - start)
         return tokens
 
-    head.sample = timed
+    head.draw = timed
     try:
         yield seconds
     finally:
-        del head.sample
+        del head.draw
 
 
 def time_row(args: Arguments, row: str) -> dict:

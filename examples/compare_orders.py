@@ -77,7 +77,7 @@ class Arguments:
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "each model is trained with each"})
     jobs: int = field(default=1, metadata={"help": "trainings side by side; OMP_NUM_THREADS are the threads of each"})
-    quick: bool = field(default=False, metadata={"help": "tiny models, two steps, few samples: to see it run"})
+    quick: bool = field(default=False, metadata={"help": "tiny models, two steps, few pictures: to see it run"})
 
     def __post_init__(self) -> None:
         if not self.only or not set(self.only) <= set(ROWS):
@@ -123,7 +123,8 @@ def prepare_data(args: Arguments) -> None:
     """Write the digits, a fifth of each class held out."""
     if not (args.folder / "data").exists():
         with atomic_folder(args.folder / "data") as folder:
-            run_script(EXAMPLES / "prepare_digits.py", [str(folder), "--test_fraction", "0.2"])
+            few = ["--max_per_class", "20"] if args.quick else []
+            run_script(EXAMPLES / "prepare_digits.py", [str(folder), "--test_fraction", "0.2", *few])
 
 
 def make_tokenizer(args: Arguments, name: str) -> dict:

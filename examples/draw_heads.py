@@ -10,13 +10,7 @@ import pathlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
-
-from mar_hf.evaluation.folders import read_json, write_text
-from mar_hf.evaluation.pictures import save_grid
-from mar_hf.evaluation.plots import draw_curves
-from mar_hf.evaluation.tables import markdown_table
-from mar_hf_settings import run_program
+from mar_hf_settings import answer_early, run_program
 
 
 # metric: (title, factor, digits)
@@ -36,6 +30,21 @@ class Arguments:
     """What to draw."""
 
     output_dir: str = field(metadata={"help": "the folder of `compare_heads.py`"})
+
+    def __post_init__(self) -> None:
+        if not pathlib.Path(self.output_dir, "heads.json").exists():
+            raise ValueError(f"`output_dir` {self.output_dir!r} has no heads.json: run compare_heads.py first.")
+
+
+if __name__ == "__main__":  # what is refused is refused before the imports below, which take seconds
+    answer_early(Arguments)
+
+from PIL import Image
+
+from mar_hf.evaluation.folders import read_json, write_text
+from mar_hf.evaluation.pictures import save_grid
+from mar_hf.evaluation.plots import draw_curves
+from mar_hf.evaluation.tables import markdown_table
 
 
 def in_words(metric: str, mean: float, deviation: float | None = None) -> str:
@@ -105,13 +114,8 @@ def main(args: Arguments) -> None:
 
     Args:
         args (`Arguments`): of the command line.
-
-    Raises:
-        ValueError: if nothing is.
     """
     folder = pathlib.Path(args.output_dir)
-    if not (folder / "heads.json").exists():
-        raise ValueError(f"`output_dir` {args.output_dir!r} has no heads.json: run compare_heads.py first.")
     report = read_json(folder / "heads.json")
     for name, table in (("sizes", size_table(report)), ("heads", quality_table(report))):
         write_text(folder / f"{name}.md", table)

@@ -10,7 +10,7 @@ Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Reposito
 import argparse
 import pathlib
 
-from mar_hf_settings import Parser, told_in_a_line
+from mar_hf_settings import Parser, check_counts, told_in_a_line
 
 
 def parse_args() -> argparse.Namespace:
@@ -18,7 +18,9 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=pathlib.Path)
     parser.add_argument("--test_fraction", type=float, default=0.0, help="share of each class kept in `test`")
+    parser.add_argument("--max_per_class", type=int, metavar="N", help="the first N of each class; default: all")
     args = parser.parse_args()
+    check_counts(args, max_per_class=1)
     if not 0 <= args.test_fraction < 1:
         raise ValueError(f"`--test_fraction` has to lie in [0, 1), got {args.test_fraction}.")
     return args
@@ -32,9 +34,13 @@ def main(args: argparse.Namespace) -> None:
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
-    splits = {"train": np.arange(len(data.target))}
+    chosen = np.arange(len(data.target))
+    if args.max_per_class is not None:
+        chosen = np.concatenate([np.flatnonzero(data.target == digit)[: args.max_per_class] for digit in range(10)])
+    splits = {"train": chosen}
     if args.test_fraction:
-        parts = train_test_split(splits["train"], test_size=args.test_fraction, stratify=data.target, random_state=0)
+        labels = data.target[chosen]
+        parts = train_test_split(chosen, test_size=args.test_fraction, stratify=labels, random_state=0)
         splits = {"train": parts[0], "test": parts[1]}
     for split, indices in splits.items():
         for index in indices:

@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-from mar_hf.evaluation.plots import draw_bars, draw_lines, draw_points, saved_figure
+from mar_hf.evaluation.plots import draw_bars, draw_curves, draw_lines, draw_points, saved_figure
 
 
 def draw_one_of_each(folder):
@@ -15,12 +15,19 @@ def draw_one_of_each(folder):
     bars = {"fid": {"without": [(1.0, 0.1), (2.0, None)], "with": [(0.5, None), (0.75, None)]}}
     draw_bars(bars, ["first", "second"], folder / "bars.png", {"fid": 0.25}, {"fid": 0.1})
     draw_points({"first": (0.1, 1.0, 0.2), "second": (2.0, 1.5, None)}, "seconds", "fid", folder / "points.png")
+    curves = {"mar": {"first": [(0.1, 9.0, 0.2, "1"), (2.0, 1.5, None, "8")]}, "ar": {"first": [(3.0, 20.0, 1.0, "")]}}
+    draw_curves(curves, "seconds", "fid", folder / "curves.png", {"real": 1.0})
 
 
 def test_each_is_a_picture(tmp_path):
     draw_one_of_each(tmp_path)
     sizes = {path.name: Image.open(path).size for path in tmp_path.iterdir()}
-    assert sizes == {"lines.png": (806, 286), "bars.png": (605, 242), "points.png": (880, 550)}
+    assert sizes == {
+        "lines.png": (806, 286),
+        "bars.png": (605, 242),
+        "points.png": (880, 550),
+        "curves.png": (1430, 550),
+    }
 
 
 def test_no_figure_stays_open(tmp_path):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from mar_hf import MARConfig
 from snippets import ROOT
 
 
@@ -19,9 +20,12 @@ def test_it_measures_both_models_and_keeps_a_record(tmp_path, monkeypatch, capsy
     spec = importlib.util.spec_from_file_location("benchmark_text", ROOT / "benchmarks" / "text.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    # The released autoencoder takes seconds for a picture.
+    # Sizes beside the released ones, which take seconds.
+    small = {"hidden_size": 32, "num_attention_heads": 2, "head_config": {"num_layers": 1, "hidden_size": 32}}
+    monkeypatch.setitem(MARConfig.presets, "tiny", small)
+    monkeypatch.setitem(benchmark.TEXT_ENCODERS, "tiny", {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 1})
     monkeypatch.setitem(sys.modules["measuring"].KL16, "block_out_channels", (32,) * 5)
-    words = ["--layers", "1", "--text-encoder", "small", "--text-tokens", "3", "7", "--repeats", "1"]
+    words = ["--model", "tiny", "--layers", "1", "--text-encoder", "tiny", "--text-tokens", "3", "7", "--repeats", "1"]
     words += ["--num-inference-steps", "2", "--num-diffusion-steps", "2", "--output", str(tmp_path / "r.jsonl")]
     benchmark.main([*words, "--sampled-steps", sampled])
     record = json.loads((tmp_path / "r.jsonl").read_text())

@@ -22,7 +22,7 @@ TOOLS = ("pip", "pytest")  # other people's, whose options are not ours to check
 
 
 def known_options(words):
-    """The options of a script, or of a module of the package, with `argparse` or a dataclass of `HfArgumentParser`."""
+    """The options of a script, or of a module of the package, with `argparse` or a dataclass of settings."""
     if "mar_hf.training" in words:
         name = words[words.index("mar_hf.training") + 1]
         kind = TRAINERS["model" if name.startswith("--") else name] if name != "latents" else cache_latents

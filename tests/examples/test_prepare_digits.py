@@ -34,7 +34,25 @@ def test_every_digit_is_written_once_under_its_class(tmp_path, monkeypatch, caps
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == list("0123456789")
 
 
-def test_a_fraction_outside_of_its_range_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"`--test_fraction` has to lie in \[0, 1\), got 1.0"):
-        prepare(monkeypatch, tmp_path / "out", "--test_fraction", 1)
+def test_a_class_may_have_its_first_only(tmp_path, monkeypatch):
+    prepare(monkeypatch, tmp_path, "--max_per_class", 5, "--test_fraction", 0.2)
+    assert {name: len(list(tmp_path.glob(f"{name}/*/*.png"))) for name in ("train", "test")} == {
+        "train": 40,
+        "test": 10,
+    }
+    expected = np.flatnonzero(load_digits().target == 7)[:5]
+    assert sorted(int(path.stem) for path in tmp_path.glob("*/7/*.png")) == list(expected)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--test_fraction", 1], "`--test_fraction` has to lie in [0, 1), got 1.0."),
+        (["--max_per_class", 0], "`max_per_class` has to be at least 1, got 0."),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path, monkeypatch, capsys, words, message):
+    with pytest.raises(SystemExit, match="2"):
+        prepare(monkeypatch, tmp_path / "out", *words)
+    assert capsys.readouterr().err == f"prepare_digits.py: error: {message}\n"
     assert not (tmp_path / "out").exists()

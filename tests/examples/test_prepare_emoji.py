@@ -65,7 +65,10 @@ def npz(tmp_path):
 
 def prepare(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["prepare_emoji.py", *map(str, words)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as stop:
+        raise stop.__cause__ from None  # what it tells in a line
 
 
 def read(folder):

@@ -48,7 +48,7 @@ def changes(kind: str) -> st.SearchStrategy:
 def test_a_configuration_works_or_says_what_is_wrong(kind):
     worked, refused = set(), set()
 
-    @settings(max_examples=60, **PROFILE)
+    @settings(max_examples=150, **PROFILE)
     @given(changes(kind))
     def check(changed):
         small = {"grid_height": 2, "grid_width": 2, "head_batch_multiplier": 1, "head_config": {"hidden_size": 8}}
@@ -95,7 +95,7 @@ def test_a_scheduler_works_or_says_what_is_wrong():
     )
     built = []
 
-    @settings(max_examples=100, **PROFILE)
+    @settings(max_examples=300, **PROFILE)
     @given(fields)
     def check(changed):
         try:

@@ -176,6 +176,7 @@ def draw_curves(
         path (`str` or `os.PathLike`): of the PNG file.
         levels (`Mapping[str, float]`, *optional*): name -> a number to compare with, a dashed line in every panel.
     """
+    ticker = import_extra("matplotlib.ticker", "eval")
     with saved_figure(path, (6.5 * len(panels), 5)) as figure:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, (title, curves) in zip(axes, panels.items(), strict=True):
@@ -188,6 +189,10 @@ def draw_curves(
             for (name, value), style in zip((levels or {}).items(), ("--", ":", "-.")):
                 axis.axhline(value, color="grey", linestyle=style, label=name)
             axis.set(xscale="log", yscale="log", title=title, xlabel=xlabel)
+            for side in (axis.xaxis, axis.yaxis):  # 20 and 50 instead of powers of ten
+                side.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+                side.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+                side.set_minor_formatter(ticker.NullFormatter())
             axis.grid(alpha=0.3, which="both")
             axis.legend(fontsize=8)
         axes[0].set_ylabel(ylabel)
