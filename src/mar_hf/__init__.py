@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from . import conversion, generation
 from .demo import demo_checkpoint, demo_text_encoder
-from .heads import TOKEN_HEADS, CategoricalHead, DiffusionHead, EnergyHead, MixtureHead, TokenHead
+from .heads import TOKEN_HEADS, CategoricalHead, DiffusionHead, EnergyHead, FlowMatchingHead, MixtureHead, TokenHead
 from .hub import build_model_card
 from .models import (
     ARConfig,
@@ -54,6 +54,7 @@ __all__ = [
     "CategoricalHead",
     "DiffusionHead",
     "EnergyHead",
+    "FlowMatchingHead",
     "ImageTokenizer",
     "ImageTokenizerConfig",
     "MARConfig",

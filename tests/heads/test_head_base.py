@@ -32,6 +32,12 @@ METHODS = ["check_scheduler", "init_weights", "loss", "sample"]
 BEHIND = {"draw": SamplingSettings, "masked_loss": LossSettings}  # the doors, and what they pass on
 
 
+def own_scheduler(name):
+    """What training makes for a head."""
+    kind = TOKEN_HEADS[name].scheduler_class
+    return None if kind is None else kind()
+
+
 def test_what_a_head_must_bring():
     assert sorted(TokenHead.__abstractmethods__) == ["check_scheduler", "draw", "init_weights", "masked_loss"]
     with pytest.raises(TypeError, match="abstract"):
@@ -75,7 +81,7 @@ def test_what_is_behind_the_doors_is_documented_by_them(name):
 def test_guidance_that_is_no_number(name, scale):
     head, condition = TOKEN_HEADS[name](token_dim=5, condition_dim=7), torch.zeros(1, 2, 7)
     with pytest.raises(ValueError, match="`guidance_scale` has to be a finite number, got"):
-        head.sample(condition=condition, scheduler=TokenDDPMScheduler(), num_steps=2, guidance_scale=scale)
+        head.sample(condition=condition, scheduler=own_scheduler(name), num_steps=2, guidance_scale=scale)
 
 
 @torch.no_grad()
@@ -83,7 +89,7 @@ def test_guidance_that_is_no_number(name, scale):
 @pytest.mark.parametrize("storage", [torch.uint8, torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize(
     "name, settings",
-    [("diffusion", {}), ("categorical", {"num_layers": 0}), ("categorical", {"num_layers": 1}), ("energy", {})],
+    [(name, {}) for name in TOKEN_HEADS] + [("categorical", {"num_layers": 0}), ("categorical", {"num_layers": 1})],
 )
 def test_weights_that_are_not_stored_as_they_compute(name, settings, storage, dtype):
     head = randomise(TOKEN_HEADS[name](token_dim=5, condition_dim=7, hidden_size=16, **settings)).to(dtype)
@@ -91,11 +97,11 @@ def test_weights_that_are_not_stored_as_they_compute(name, settings, storage, dt
         head.codebook.copy_(torch.randn(head.codebook.shape, generator=seeded(3)))
     condition, negative = torch.randn(2, 1, 4, 7, generator=seeded(1)).to(dtype).unbind(0)
     call = {"condition": condition, "negative_condition": negative, "guidance_scale": 2.0, "num_steps": 3}
-    call |= {"scheduler": TokenDDPMScheduler(max_timestep=950)}
+    call |= {"scheduler": own_scheduler(name)}
     expected = head.sample(**call, generator=seeded(2))
     assert torch.equal(store(head, storage).sample(**call, generator=seeded(2)), expected)
     target, mask = torch.randn(1, 4, 5, generator=seeded(4)), torch.ones(1, 4, dtype=torch.bool)
-    loss = {"condition": condition, "target": target, "mask": mask, "scheduler": TokenDDPMScheduler()}
+    loss = {"condition": condition, "target": target, "mask": mask, "scheduler": own_scheduler(name)}
     assert torch.equal(store(head, storage).loss(**loss, generator=seeded(2)), head.loss(**loss, generator=seeded(2)))
 
 
@@ -122,7 +128,7 @@ def test_heads_are_built_from_sizes_alone(name):
 
 @pytest.mark.parametrize("name", TOKEN_HEADS)
 def test_settings_that_a_head_does_not_have_are_refused(name):
-    head, scheduler = TOKEN_HEADS[name](token_dim=5, condition_dim=7), TokenDDPMScheduler()
+    head, scheduler = TOKEN_HEADS[name](token_dim=5, condition_dim=7), own_scheduler(name)
     head.check_scheduler(scheduler)
     for call in (
         lambda: head.check_scheduler(scheduler, 1.0, magic=1),
@@ -170,7 +176,7 @@ def ready(name):
     ],
 )
 def test_sampling_says_what_is_wrong(name, argument, values):
-    inputs = {"condition": torch.zeros(1, 2, 7), "scheduler": TokenDDPMScheduler(), "num_steps": 2}
+    inputs = {"condition": torch.zeros(1, 2, 7), "scheduler": own_scheduler(name), "num_steps": 2}
     inputs |= {"negative_condition": torch.zeros(1, 2, 7), "guidance_scale": 2.0}
     for value in values:
         with pytest.raises(ValueError, match=f"`{argument}`"):
@@ -189,7 +195,7 @@ def test_sampling_says_what_is_wrong(name, argument, values):
     ],
 )
 def test_the_loss_says_what_is_wrong(name, argument, values):
-    inputs = {"condition": torch.zeros(1, 2, 7), "target": torch.zeros(1, 2, 5), "scheduler": TokenDDPMScheduler()}
+    inputs = {"condition": torch.zeros(1, 2, 7), "target": torch.zeros(1, 2, 5), "scheduler": own_scheduler(name)}
     inputs |= {"mask": torch.ones(1, 2).bool()}
     for value in values:
         with pytest.raises(ValueError, match=f"`{argument}`"):

@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from common import relative_error, seeded
+from mar_hf import TokenFlowScheduler
 from mar_hf.pipelines.compilation import has_compiler
 from tiny_pipelines import tiny_pipeline, tiny_text_pipeline, tiny_transformer
 
@@ -95,6 +96,17 @@ def test_without_a_compiler_nothing_changes(monkeypatch, caplog):
     assert "torch finds no compiler for cpu" in caplog.text
     assert all(module._compiled_call_impl is None for module in pipe.transformer.modules())
     assert latents(pipe, 2).isfinite().all()
+
+
+@pytest.mark.parametrize("head_type, scheduler", [("flow_matching", TokenFlowScheduler())])
+def test_other_heads_compile_too(head_type, scheduler):
+    pipe, counter = (
+        tiny_pipeline(transformer=tiny_transformer(head_type=head_type), scheduler=scheduler),
+        CompileCounter(),
+    )
+    expected = latents(pipe, 3)
+    pipe.transformer.head.compile_sampling(backend=counter, fullgraph=True)
+    assert relative_error(latents(pipe, 3), expected) < 1e-5 and counter.frame_count > 0
 
 
 def test_the_categorical_head_has_nothing_to_compile():

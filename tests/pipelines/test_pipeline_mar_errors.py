@@ -87,7 +87,10 @@ def test_no_labels(refused, labels):
         ({"temperature": -0.5}, ["at least 0", "got -0.5"]),
         ({"temperature": "hot"}, ["a finite number", "got 'hot'"]),
         ({"guidance_scale": float("nan")}, ["a finite number", "got nan"]),
-        ({"guidance_schedule": "cosine"}, ["['constant', 'linear']", "got 'cosine'"]),
+        (
+            {"guidance_schedule": "cosine"},
+            ["['constant', 'decreasing_linear', 'linear', 'power_cosine']", "got 'cosine'"],
+        ),
         ({"token_schedule": "linear"}, ["['constant', 'cosine', 'gtr']", "got 'linear'"]),
         ({"head_step_schedule": "cosine"}, ["['constant', 'gtr', 'linear']", "got 'cosine'"]),
         ({"generation_order": "diagonal"}, [str(sorted(GENERATION_ORDERS)), "got 'diagonal'"]),

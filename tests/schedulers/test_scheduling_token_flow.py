@@ -251,7 +251,7 @@ def test_wrong_steps():
     for name, wrong in (("model_output", "x"), ("sample", None)):
         with pytest.raises(ValueError, match=f"`{name}` has to be a tensor"):
             prepared(4).step(**{"model_output": velocity, "timestep": 1000, "sample": sample, name: wrong})
-    with pytest.raises(ValueError, match=r"`model_output` has to be of shape \(2, 4\) as `sample`, got \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"`model_output` has to be of the shape of `sample`, \(2, 4\), got \(2, 8\)"):
         prepared(4).step(torch.zeros(2, 8), 1000, sample)
     for device in ("nowhere", torch.nn.Linear(1, 1)):
         with pytest.raises(ValueError, match="`device` has to be a device of torch"):

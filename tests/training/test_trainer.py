@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (the default tracker has to be installed)
 
 from example_runs import SIZES, forget_accelerate, in_processes
-from mar_hf import ARForImageGeneration, ImageTokenizer, MARConfig, MARPipeline
+from mar_hf import TOKEN_HEADS, ARForImageGeneration, ImageTokenizer, MARConfig, MARPipeline
 from mar_hf.models import BACKBONES
 from mar_hf.training import (
     LatentCacheArguments,
@@ -213,6 +213,18 @@ def test_a_categorical_head_gets_its_codebook_from_cached_latents_too(pictures, 
     assert torch.equal(pipe.transformer.head.codebook, tokenizer.codebook)
     tokens = pipe.vae.patchify(pipe(class_labels=["cat"], output_type="latent").images)[0]
     assert torch.cdist(tokens, tokenizer.codebook).min(1).values.max() < 1e-4
+
+
+@pytest.mark.parametrize("sizes", [SIZES, CAUSAL | {"max_tokens_per_step": 16}], ids=["mar", "ar"])
+@pytest.mark.parametrize("head_type", sorted(TOKEN_HEADS.keys() - {"categorical", "diffusion"}))
+def test_other_heads_train_by_configuration_alone(head_type, sizes, pictures, tmp_path):
+    settings = {"model_config": json.dumps({**sizes, "head_type": head_type}), "max_train_steps": 2}
+    folder = run(pictures, tmp_path, **settings, validation_steps=2)
+    assert all(0 < loss < 100 for loss in losses(folder))
+    pipe = MARPipeline.from_pretrained(folder / "pipeline")
+    kind = TOKEN_HEADS[head_type].scheduler_class
+    assert pipe.scheduler is None if kind is None else type(pipe.scheduler) is kind
+    assert pipe(class_labels=["cat"], output_type="latent").images.isfinite().all()
 
 
 def test_fine_tuning_keeps_the_model_and_the_classes_of_the_same_name(trained, tmp_path):

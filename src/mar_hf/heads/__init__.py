@@ -5,6 +5,7 @@ from .head_base import TokenHead
 from .head_categorical import CategoricalHead
 from .head_diffusion import DiffusionHead
 from .head_energy import EnergyHead
+from .head_flow_matching import FlowMatchingHead
 from .head_mixture import MixtureHead
 from .modulation import ModulatedHead
 
@@ -13,6 +14,7 @@ TOKEN_HEADS: dict[str, type[TokenHead]] = {
     "categorical": CategoricalHead,
     "diffusion": DiffusionHead,
     "energy": EnergyHead,
+    "flow_matching": FlowMatchingHead,
     "mixture": MixtureHead,
 }
 
@@ -21,6 +23,7 @@ __all__ = [
     "CategoricalHead",
     "DiffusionHead",
     "EnergyHead",
+    "FlowMatchingHead",
     "MixtureHead",
     "ModulatedHead",
     "TokenHead",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import SchedulerMixin
 from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
@@ -293,6 +294,26 @@ class ModulatedHead(TokenHead):
         chunks = zip(*(part.split(self.loss_chunk_size) for part in parts), strict=True)
         settings = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn inside
         return torch.cat([checkpoint(self.row_losses, scheduler, *chunk, **settings) for chunk in chunks]).mean()
+
+    def start(
+        self,
+        condition: torch.Tensor,
+        noise: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """What sampling starts from.
+
+        Args:
+            condition (`torch.Tensor` of shape `(batch, num_tokens, condition_dim)`): as of `sample`.
+            noise (`torch.Tensor` of shape `(batch, num_tokens, entries, token_dim)`, *optional*): as of `sample`.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): draws it where it is not given.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, num_tokens, token_dim)`: float32.
+        """
+        if noise is not None:
+            return noise[:, :, 0].to(condition.device, torch.float32)
+        return randn_tensor((*condition.shape[:2], self.token_dim), generator=generator, device=condition.device)
 
     def compile_sampling(self, **kwargs: Any) -> None:
         """Compile the denoising step of `sample`, which `forward` and the loss share.

@@ -690,9 +690,7 @@ class MARPipeline(CallStateMixin, PromptMixin, StrictPipelineMixin, DiffusionPip
         library, name = self.config["guider"]
         needed = () if name is None else (name, BaseGuidance.__name__)
         if missing := [one for one in needed if not hasattr(sys.modules[library], one)]:
-            raise ValueError(
-                f"`guider` {name} can't be saved: {library} has no {missing}, to load it by."
-            )
+            raise ValueError(f"`guider` {name} can't be saved: {library} has no {missing}, to load it by.")
         super().save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:

@@ -119,7 +119,8 @@ class TokenFlowScheduler(TokenScheduler):
                 raise ValueError(f"`{name}` has to be a tensor, got {value!r:.60}.")
         if model_output.shape != sample.shape:
             raise ValueError(
-                f"`model_output` has to be of shape {tuple(sample.shape)} as `sample`, got {tuple(model_output.shape)}."
+                f"`model_output` has to be of the shape of `sample`, {tuple(sample.shape)}, got "
+                f"{tuple(model_output.shape)}."
             )
         try:
             sigma, following = self._steps[float(timestep)]
