@@ -10,7 +10,9 @@ docs/heads.md says what is compared.
 """
 
 import json
+import math
 import pathlib
+import statistics
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -19,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
-from mar_hf_settings import answer_early, check_counts, run_program
+from mar_hf_settings import answer_early, check_counts, check_paths, run_program
 
 
 EXAMPLES = pathlib.Path(__file__).parent
@@ -80,6 +82,7 @@ class Arguments:
         if not self.only or not set(self.only) <= set(ROWS):
             raise ValueError(f"`only` has to name some of {list(ROWS)}, got {self.only}.")
         check_counts(self, jobs=1)
+        check_paths(self, "npz")
         if not self.seeds:
             raise ValueError("`seeds` is empty.")
         self.only = [row for row in ROWS if row in self.only]
@@ -108,7 +111,7 @@ if __name__ == "__main__":  # what is refused is refused before the imports belo
 
 import torch
 
-from mar_hf import ImageTokenizer, MARPipeline, demo_checkpoint
+from mar_hf import ImageTokenizer, MARForImageGeneration, MARPipeline, demo_checkpoint
 from mar_hf.evaluation import (
     Judge,
     Pictures,
@@ -268,7 +271,27 @@ def measure_steps(args: Arguments, row: str, seed: int) -> dict:
     for steps in args.steps(row, seed):
         setting = {"guidance_scale": scale, "num_diffusion_steps": steps}
         found[str(steps)] = measure(args, pipeline, f"{row}-{seed}-{steps}", seed, **setting)
-    return {"metrics": found}
+    return {"metrics": found, "bits": measure_bits(args, pipeline)}
+
+
+@torch.no_grad()
+def measure_bits(args: Arguments, pipeline: MARPipeline) -> float | None:
+    """Bits a number of the tokens held out, one token at a time: the mean over all numbers of tokens that are still
+    missing, random ones where the order is (arXiv:2110.02037). None for a head without a density."""
+    transformer = pipeline.transformer
+    if not hasattr(transformer.head, "log_prob"):
+        return None
+    pictures = Pictures(args.folder / "data" / "test")
+    tokens = pipeline.vae.encode(torch.stack(list(pictures)) / 127.5 - 1, sample_posterior=False).tokens
+    labels = torch.tensor([CLASSES.index(label) for label in pictures.labels])
+    generator, found = torch.Generator().manual_seed(0), []
+    for missing in range(1, tokens.shape[1] + 1) if isinstance(transformer, MARForImageGeneration) else (None,):
+        settings = {} if missing is None else {"num_masked": missing}
+        inputs = transformer.training_inputs(len(tokens), generator, **settings)
+        condition = transformer(tokens, class_labels=labels, **inputs).condition
+        mask = inputs.get("mask", torch.ones(tokens.shape[:2], dtype=torch.bool))
+        found.append(transformer.head.log_prob(condition[mask], tokens[mask]).mean().item())
+    return -statistics.fmean(found) / math.log(2) / tokens.shape[2]
 
 
 @contextmanager
@@ -311,11 +334,12 @@ def collect_row(args: Arguments, row: str) -> dict[str, Any]:
     backbone, head, tokenizer = ROWS[row]
     trainings = {seed: read_result(args.folder, f"training-{row}-{seed}") for seed in args.seeds}
     scales, speed = (read_result(args.folder, f"{part}-{row}") for part in ("scales", "speed"))
-    qualities = [read_result(args.folder, f"steps-{row}-{seed}")["metrics"] for seed in args.seeds]
+    qualities = [read_result(args.folder, f"steps-{row}-{seed}") for seed in args.seeds]
     has_steps = TOKEN_HEADS[HEADS[head]["head_type"]].has_steps
     points = []
-    for steps in qualities[0]:
-        runs = [quality[steps] for quality in qualities if steps in quality]
+    bits = [quality["bits"] for quality in qualities if quality.get("bits") is not None]
+    for steps in qualities[0]["metrics"]:
+        runs = [quality["metrics"][steps] for quality in qualities if steps in quality["metrics"]]
         point = {"head_steps": int(steps) if has_steps else None, "num_seeds": len(runs)}
         point |= {kind: speed[kind][steps] for kind in ("alone", "batch", "head_share")}
         points.append(point | {metric: mean_and_deviation([run[metric] for run in runs]) for metric in METRICS})
@@ -324,6 +348,7 @@ def collect_row(args: Arguments, row: str) -> dict[str, Any]:
         **{"backbone": backbone, "head": head, "tokenizer": tokenizer},
         **{name: first[name] for name in ("parameters", "head_parameters", "model_config")},
         **{"guidance_scale": scales["guidance_scale"], "scales": scales, "points": points},
+        "bits": mean_and_deviation(bits) if bits else None,
         "trainings": {seed: {name: one[name] for name in ("command", "seconds")} for seed, one in trainings.items()},
     }
 

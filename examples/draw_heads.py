@@ -75,7 +75,7 @@ def quality_table(report: dict[str, Any]) -> str:
 
 
 def size_table(report: dict[str, Any]) -> str:
-    """A line for each row: what it is, how large, and its guidance scale."""
+    """A line for each row: what it is, how large, what is measured once, and its guidance scale."""
     lines = []
     for name, row in report["rows"].items():
         cells = {"row": f"`{name}`", "model": MODELS[row["backbone"]], "tokens": row["tokenizer"]}
@@ -83,6 +83,7 @@ def size_table(report: dict[str, Any]) -> str:
         cells |= {"its parameters": f"{row['head_parameters']:,}", "parameters": f"{row['parameters']:,}"}
         seconds = [training["seconds"] for training in row["trainings"].values()]
         cells["minutes a training"] = f"{sum(seconds) / len(seconds) / 60:.1f}"
+        cells["bits a number"] = "" if row["bits"] is None else f"{row['bits'][0]:.3f}"
         lines.append(cells | {"guidance scale": f"{row['guidance_scale']:g}"})
     return markdown_table(lines)
 

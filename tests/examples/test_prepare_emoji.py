@@ -161,6 +161,11 @@ def test_without_captions_nothing_but_pictures_is_written(tmp_path, monkeypatch,
             ["--hold-out", 0.1, "--captions", "--skin-tones", "--classes", "hand"],
             "`--hold-out` 0.1 finds nothing to hold out among 0 people",
         ),
+        (["--test-fraction", 1.0], r"`--test-fraction` has to lie in \[0, 1\), got 1.0"),
+        (
+            ["--test-fraction", 0.1, "--hold-out", 0.1, "--captions", "--skin-tones"],
+            "`--test-fraction` and `--hold-out` both choose what is in `test`",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, monkeypatch, npz, words, message):
@@ -280,6 +285,27 @@ def test_only_the_first_of_a_class_are_kept_if_asked(tmp_path, monkeypatch, npz)
     )
     assert few == {label: names[:2] for label, names in every.items()}  # here, names count up in Unicode's order
     assert max(map(len, every.values())) > 2
+
+
+def test_a_share_of_each_class_is_kept_for_a_test_always_the_same(tmp_path, monkeypatch, capsys, npz):
+    words = ["--npz", npz, "--skin-tones", "--size", 8, "--test-fraction", 0.2]
+    kept = []
+    for name in ("first", "second"):
+        prepare(monkeypatch, tmp_path / name, *words)
+        paths = sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*.png"))
+        splits = [
+            {path.relative_to(split) for path in paths if path.is_relative_to(split)} for split in ("train", "test")
+        ]
+        kept.append(splits)
+        assert capsys.readouterr().out.endswith(f"{len(splits[1])} pictures in {tmp_path / name / 'test'}\n")
+    (train, test), again = kept
+    assert [train, test] == again and len(train | test) == len(train) + len(test) == len(EMOJI)
+    people = {path.name for path in test if path.parent.name == "working person"}
+    assert len(people) == round(0.2 * sum(label == "working person" for label, *_ in EMOJI))
+    assert (
+        sorted(people)
+        != sorted(path.name for path in train | test if path.parent.name == "working person")[: len(people)]
+    )
 
 
 def test_an_empty_selection_is_refused(tmp_path, monkeypatch, npz):

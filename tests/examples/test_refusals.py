@@ -24,6 +24,8 @@ from snippets import ROOT
         ),
         ("measure_speed", "--reference . --num_rounds 1", "`num_rounds` has to be at least 2, got 1."),
         ("compare_orders", "--jobs 0", "`jobs` has to be at least 1, got 0."),
+        ("compare_heads", "--npz none", "`npz` 'none' does not exist."),
+        ("draw_heads", "", "`output_dir` 'out' has no heads.json: run compare_heads.py first."),
         ("draw_comparison", "", "`output_dir` 'out' has no comparison.json: run compare_orders.py first."),
     ],
 )

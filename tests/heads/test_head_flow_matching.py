@@ -10,9 +10,9 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchH
 
 from common import randomise, relative_error, seeded
 from known_heads import make_linear, published_mlp
-from laws import follows, fresh, learn
 from mar_hf import FlowMatchingHead, MARPipeline, TokenDDPMScheduler, TokenFlowScheduler
 from tiny_pipelines import tiny_pipeline, tiny_transformer
+from two_samples import learn, p_value, triangle, upright
 
 
 TOKEN_DIM, CONDITION_DIM = 4, 6
@@ -196,13 +196,18 @@ def test_without_noise_sampling_gives_the_product_of_its_factors(steps, kind, te
 
 
 def test_it_learns_a_mixture():
-    scheduler = TokenFlowScheduler()
-    head = fresh(FlowMatchingHead, num_layers=2, hidden_size=48)
-    assert max(follows(head, scheduler, 25)) < 0.01
-    learn(head, scheduler, steps=200)
-    assert min(follows(head, scheduler, 25) + follows(head, EULER, 25)) > 0.05
-    # One step ends at the mean of its class.
-    assert max(follows(head, EULER, 1)) < 0.01
+    head = learn(lambda: FlowMatchingHead(2, 2, num_layers=2, hidden_size=48), steps=200, rows=256)
+    for sign in (1, -1):
+        condition = upright(400, sign)
+        expected = triangle(condition, seeded(2))[0]
+
+        def found(scheduler, num_steps, condition=condition):
+            return head.sample(condition=condition, scheduler=scheduler, num_steps=num_steps, generator=seeded(3))[0]
+
+        with torch.no_grad():
+            assert min(p_value(found(scheduler, 25), expected) for scheduler in (TokenFlowScheduler(), EULER)) > 0.05
+            # One step ends at the mean of the law.
+            assert p_value(found(EULER, 1), expected) < 0.01
 
 
 # In a pipeline

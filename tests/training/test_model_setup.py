@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, Features, Image, Value
 
 from example_runs import SIZES
-from mar_hf import ImageTokenizer, ImageTokenizerConfig
+from mar_hf import TOKEN_HEADS, ImageTokenizer, ImageTokenizerConfig, TokenDDPMScheduler
 from mar_hf.generation import DECODINGS
 from mar_hf.training import TrainingArguments
 from mar_hf.training.model_setup import (
@@ -149,3 +149,56 @@ def test_defaults_of_a_pipeline_are_replaced_one_by_one(tmp_path):
     assert build_noise_scheduler(args).config.max_timestep == pipe.scheduler.config.max_timestep
     assert build_noise_scheduler(arguments()).config.max_timestep == 950
     assert build_noise_scheduler(arguments(max_timestep=900)).config.max_timestep == 900
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A pipeline with a diffusion head, and the folder that it is saved in."""
+    folder, pipe = tmp_path_factory.mktemp("trained"), tiny_pipeline()
+    pipe.register_to_config(
+        generation_defaults={"num_inference_steps": 3, "num_diffusion_steps": 4, "temperature": 0.7}
+    )
+    pipe.save_pretrained(folder)
+    return pipe, str(folder)
+
+
+@pytest.mark.parametrize("head_type", TOKEN_HEADS)
+def test_another_head_keeps_the_backbone(head_type, trained):
+    pipe, folder = trained
+    args = arguments(pretrained_model_name_or_path=folder, model_config=json.dumps({"head_type": head_type}))
+    tuned = build_model(args, pipe.vae, ["heart", "cat, kitten", "clock"])
+    found = tuned.model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in pipe.transformer.model.state_dict().items())
+    head, same = tuned.head, head_type == "diffusion"
+    assert type(head) is TOKEN_HEADS[head_type]
+    assert torch.equal(head.out_proj.weight, pipe.transformer.head.out_proj.weight) if same else True
+    scheduler = build_noise_scheduler(args, head)
+    assert type(scheduler) is (head.scheduler_class or type(None))
+    # The last timestep of the pipeline's sampler goes on; another kind of sampler starts with its own settings.
+    assert not same or scheduler.config.max_timestep == pipe.scheduler.config.max_timestep
+    defaults = build_generation_defaults(args, tuned, ["heart", "cat, kitten", "clock"])
+    kept = (
+        {"num_inference_steps": 3, "num_diffusion_steps": 4, "temperature": 0.7}
+        if same
+        else {"num_inference_steps": 3}
+    )
+    assert {name: defaults.get(name) for name in kept} == kept and (same or "temperature" not in defaults)
+
+
+def test_other_sizes_of_the_same_head_start_anew(trained):
+    pipe, folder = trained
+    config = {"head_config": {"num_layers": 2, "hidden_size": 24}}
+    args = arguments(pretrained_model_name_or_path=folder, model_config=json.dumps(config))
+    tuned = build_model(args, pipe.vae, ["heart", "cat, kitten", "clock"])
+    assert tuned.config.head_config == config["head_config"] and tuned.head.condition_proj.out_features == 24
+    assert torch.equal(tuned.model.token_proj.weight, pipe.transformer.model.token_proj.weight)
+
+
+@pytest.mark.parametrize("head_type", sorted(TOKEN_HEADS.keys() - {"diffusion"}))
+def test_a_last_timestep_is_of_one_sampler(head_type, trained):
+    head = build_model(
+        arguments(model_config=json.dumps({**SIZES, "head_config": {}, "head_type": head_type})), trained[0].vae, ["a"]
+    ).head
+    assert not isinstance(build_noise_scheduler(arguments(), head), TokenDDPMScheduler)
+    with pytest.raises(ValueError, match="`max_timestep` has to be left out"):
+        build_noise_scheduler(arguments(max_timestep=900), head)
