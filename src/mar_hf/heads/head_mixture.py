@@ -87,8 +87,8 @@ class MixtureHead(ModulatedHead):
         min_log_variance (`float`, *optional*, defaults to -10.0): below all log variances: f + softplus(x - f), with x
             from the network. Without a floor a Gaussian could shrink to one token of the training data, where the
             density has no bound.
-        settings (`Any`): those of [`ModulatedHead`]; `batch_multiplier` is without effect, since this loss draws
-            nothing.
+        settings (`Any`): those of [`ModulatedHead`], `modulation_groups` for whole tokens only; `batch_multiplier` is
+            without effect, since this loss draws nothing.
 
     Raises:
         ValueError: if a setting is no number, out of its range, or does not divide what it has to.
@@ -109,32 +109,40 @@ class MixtureHead(ModulatedHead):
         **settings: Any,
     ):
         super().__init__(token_dim, condition_dim, num_layers, **settings)
-        check_count("num_components", num_components)
-        check_number("min_log_variance", min_log_variance, -30, 0)
         group = token_dim if feature_group is None else feature_group
-        hidden_size = self.condition_proj.out_features
-        for name, value, whole in (
-            ("feature_group", group, token_dim),
-            ("num_attention_heads", num_attention_heads, hidden_size),
-        ):
+        counts = {"num_components": num_components, "feature_group": group, "num_attention_heads": num_attention_heads}
+        for name, value in counts.items():
             check_count(name, value)
-            if whole % value:
-                raise ValueError(f"`{name}` has to divide {whole}, got {value}.")
+        check_number("min_log_variance", min_log_variance, -30, 0)
+        if token_dim % group:
+            raise ValueError(f"`feature_group` has to divide `token_dim` {token_dim}, got {group}.")
+        hidden_size = self.condition_proj.out_features
         self.batch_multiplier, self.loss_noise_dim = 1, 0
         self.num_components, self.min_log_variance = num_components, min_log_variance
         self.feature_group, self.num_groups = group, token_dim // group
         # A number for each feature, and two for each group: which Gaussian, and which candidate.
         self.noise_per_step = math.ceil(2 * self.num_groups / token_dim)
         if self.num_groups > 1:
-            eps = self.out_norm.eps
-            pairs = [(CausalAttention(hidden_size, num_attention_heads, eps), block) for block in self.blocks]
-            self.blocks = nn.ModuleList([block for pair in pairs for block in pair])
-            self.token_proj = nn.Linear(group, hidden_size)
+            self._attend_to_groups(hidden_size, num_attention_heads)
         self.position_embedding = nn.Embedding(self.num_groups, hidden_size)
         self.out_proj = nn.Linear(hidden_size, num_components * (1 + 2 * group))
 
     def build_inputs(self, hidden_size: int) -> None:
         self.condition_proj = nn.Linear(self.condition_dim, hidden_size)
+
+    def _attend_to_groups(self, hidden_size: int, num_attention_heads: int) -> None:
+        """Put an attention before each block, and a layer for the groups before the next."""
+        if hidden_size % num_attention_heads:
+            raise ValueError(
+                f"`num_attention_heads` has to divide `hidden_size` {hidden_size}, got {num_attention_heads}."
+            )
+        if any(block.modulation is None for block in self.blocks):
+            raise ValueError("`modulation_groups` has to be left out where `feature_group` is smaller than a token.")
+        pairs = [
+            (CausalAttention(hidden_size, num_attention_heads, self.out_norm.eps), block) for block in self.blocks
+        ]
+        self.blocks = nn.ModuleList([block for pair in pairs for block in pair])
+        self.token_proj = nn.Linear(self.feature_group, hidden_size)
 
     def init_weights(self, module: nn.Module) -> None:
         """As in [`ModulatedHead`], but for the output's layer: with zeros all Gaussians would be one for ever.
