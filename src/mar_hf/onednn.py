@@ -75,10 +75,10 @@ def by_onednn(module: nn.Module) -> nn.Module:
     """A view of a model whose linear layers compute by oneDNN where that is faster: the same sums in another order.
 
     MKL, which torch takes otherwise, reaches half of that on some AMD CPUs and nine tenths on others, and streams
-    large weights slowly for a few rows on most. `winning_rows` says which layers compute by oneDNN, and for how many rows. Their
-    weights are copied into oneDNN's layout when they are first used so, and the copies dropped with the view: they
-    take as much memory as the weights. The model itself stays as it is, so that other threads, callbacks and hooks
-    see nothing of this, and a view of each call is never out of date.
+    large weights slowly for a few rows. `winning_rows` says which layers compute by oneDNN, and for how many rows.
+    Their weights are copied into oneDNN's layout when they are first used so, and the copies dropped with the view:
+    they take as much memory as the weights. The model itself stays as it is, so that other threads, callbacks and
+    hooks see nothing of this, and a view of each call is never out of date.
 
     A block that says which of its layers its `activation` follows (`activated_linear`) gets both in one pass.
 
@@ -88,7 +88,7 @@ def by_onednn(module: nn.Module) -> nn.Module:
     (`torch.backends.mkldnn.flags(enabled=False)`). Layers whose weight is computed (pruning, quantisation) stay as
     they are. Where gradients are computed, as callbacks may, layers compute as ever.
 
-    One thing outlasts the view: glibc's allocator keeps up to 64 MiB of freed memory for the process.
+    One thing outlasts the call, view or not: glibc's allocator keeps up to 64 MiB of freed memory for the process.
 
     Args:
         module (`torch.nn.Module`): the model; its weights must not change while the view is used.
@@ -101,9 +101,10 @@ def by_onednn(module: nn.Module) -> nn.Module:
     layers = [layer for layer in layers if layer.weight.device.type == "cpu"]
     rows = {one: winning_rows(one.in_features, one.out_features, one.weight.dtype, MKL_IS_NARROW) for one in layers}
     rows = {layer: winning for layer, winning in rows.items() if winning}
+    if layers:
+        _keep_freed_memory()
     if not rows:
         return module
-    _keep_freed_memory()
     view = _view(module, rows, {})
     for block in view.modules():
         layer = getattr(block, getattr(block, "activated_linear", ""), None)
