@@ -43,16 +43,11 @@ class EnergyHead(ModulatedHead):
     Args:
         token_dim (`int`): numbers in a token.
         condition_dim (`int`): width of the backbone's output.
-        num_layers (`int`, *optional*, defaults to 3): residual blocks.
-        hidden_size (`int`, *optional*, defaults to 1024): width of the MLP.
-        batch_multiplier (`int`, *optional*, defaults to 1): pairs of samples per token and training step.
-        layer_norm_eps (`float`, *optional*, defaults to 1e-06): of the layer norms.
-        loss_chunk_size (`int`, *optional*): rows of the loss that are computed at a time, see [`ModulatedHead`].
-        modulation_groups (`int`, *optional*): projections that modulate the blocks, see [`ModulatedHead`].
         noise_dim (`int`, *optional*, defaults to 64): numbers that a sample is made of, each uniform in [-0.5, 0.5].
         exponent (`float`, *optional*, defaults to 1.0): a, in [0.1, 1.9].
         repulsion (`float`, *optional*, defaults to 1.0): weight of the distance between samples, in [0, 1]. Below 1,
             samples vary less than the tokens; the paper ends its training with 0.99.
+        settings (`Any`): those of [`ModulatedHead`]; of `batch_multiplier`, each draw is a pair of samples.
 
     Raises:
         ValueError: if a setting is no number, or out of its range.
@@ -67,33 +62,19 @@ class EnergyHead(ModulatedHead):
         self,
         token_dim: int,
         condition_dim: int,
-        num_layers: int = 3,
-        hidden_size: int = 1024,
-        batch_multiplier: int = 1,
-        layer_norm_eps: float = 1e-6,
-        loss_chunk_size: int | None = None,
-        modulation_groups: int | None = None,
         noise_dim: int = 64,
         exponent: float = 1.0,
         repulsion: float = 1.0,
+        **settings: Any,
     ):
-        super().__init__(
-            token_dim,
-            condition_dim,
-            num_layers,
-            hidden_size,
-            batch_multiplier,
-            layer_norm_eps,
-            loss_chunk_size=loss_chunk_size,
-            modulation_groups=modulation_groups,
-        )
+        super().__init__(token_dim, condition_dim, **settings)
         check_count("noise_dim", noise_dim)
         check_number("exponent", exponent, 0.1, 1.9)
         check_number("repulsion", repulsion, 0, 1)
         self.noise_dim, self.exponent, self.repulsion = noise_dim, exponent, repulsion
         self.noise_per_step = math.ceil(noise_dim / token_dim) - 1  # beside the start
         self.loss_noise_dim = 2 * noise_dim
-        self.noise_proj = nn.Linear(noise_dim, hidden_size)
+        self.noise_proj = nn.Linear(noise_dim, self.condition_proj.out_features)
 
     def build_inputs(self, hidden_size: int) -> None:
         self.condition_proj = nn.Linear(self.condition_dim, hidden_size)
