@@ -28,7 +28,7 @@ from scenarios import DEFAULTS, SCENARIOS
 from torch import nn
 
 from generation import Side, build_sides
-from mar_hf.onednn import CPU_MAKER, by_onednn, winning_rows
+from mar_hf.onednn import MKL_IS_NARROW, by_onednn, cpu_maker, winning_rows
 
 
 # Inputs and outputs: the demo's, its head's, MAR-B's and its head's, MAR-L's.
@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     presets = [name for name, scenario in SCENARIOS.items() if scenario.get("device") != "cuda"]
     parser.add_argument("--presets", nargs="+", choices=presets, metavar="NAME", help=f"instead: {', '.join(presets)}")
     parser.add_argument("--batch-size", type=int, help="pictures in a call of a preset")
+    parser.add_argument("--blocks", type=int, help="of encoder and decoder each, of a preset with random weights")
     parser.add_argument("--sampled-steps", type=int, help="autoregressive steps of a preset that are measured")
     parser.add_argument("--repeats", type=int, help="pairs (default: 25 of layers, 5 of presets)")
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="a line of JSON is appended to this file")
@@ -118,13 +119,11 @@ def time_layers(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             layers = {"torch": own, "onednn": [by_onednn(layer) for layer in own]}
         for rows in args.rows:
             states = torch.randn(rows, sizes[0]).to(dtype)
-
             for layer in layers["onednn"]:  # lays its weight out
                 layer(states)
-            seconds = run(own, states, count) / count
-            calls = max(1, int(SECONDS / seconds))
+            calls = max(1, int(SECONDS * count / run(own, states, count)))
             sides = {name: partial(run, modules, states, calls) for name, modules in layers.items()}
-            rule = "oneDNN" if rows in winning_rows(*sizes, dtype, CPU_MAKER) else "torch"
+            rule = "oneDNN" if rows in winning_rows(*sizes, dtype, MKL_IS_NARROW) else "torch"
             yield {"shape": shape, "rows": rows, "rule": rule, "ratios": in_pairs(sides, args.repeats or 25)}
 
 
@@ -148,8 +147,11 @@ def time_presets(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """
     for name in args.presets:
         scenario = {**DEFAULTS, **SCENARIOS[name]}
-        scenario |= {"batch_size": args.batch_size or scenario["batch_size"]}
-        scenario |= {"sampled_steps": args.sampled_steps or scenario["sampled_steps"]}
+        for key in ("batch_size", "sampled_steps"):
+            scenario[key] = getattr(args, key) or scenario[key]
+        if args.blocks is not None:
+            blocks = {"num_encoder_layers": args.blocks, "num_decoder_layers": args.blocks}
+            scenario["model_settings"] = scenario["model_settings"] | blocks
         side = build_sides(scenario, reference=False)["ours"]
         parts = ["head"] if scenario["part"] == "head" else ["encoder", "decoder", "head", "other"]
 
@@ -161,7 +163,7 @@ def time_presets(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
         sides = {"torch": partial(turn, False), "onednn": partial(turn, True)}
         in_pairs(sides, 1)  # warms up
-        yield {"preset": name, "batch_size": scenario["batch_size"], "ratios": in_pairs(sides, args.repeats or 5)}
+        yield {"preset": name, "batch": scenario["batch_size"], "ratios": in_pairs(sides, args.repeats or 5)}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -183,9 +185,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     with quiet():
         results = list(time_presets(args) if args.presets else time_layers(args))
-    described = machine("cpu") | {"maker": CPU_MAKER}
+    described = machine("cpu") | {"maker": cpu_maker(), "vectors": torch.backends.cpu.get_cpu_capability()}
     what = "pictures without their autoencoder" if args.presets else f"{args.dtype}, activation {args.activation}"
-    print(f"{what}, {hardware(described)}, {CPU_MAKER or 'maker unknown'}, load {described.get('load')}\n")
+    print(
+        f"{what}, {hardware(described)}, {described['maker']}, {described['vectors']}, load {described.get('load')}\n"
+    )
     print(table(results))
     append_record(
         args.output, {"results": results, "machine": described, "versions": versions(diffusers, transformers)}

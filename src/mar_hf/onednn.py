@@ -5,6 +5,7 @@ import platform
 import sys
 from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,15 +13,7 @@ from torch import nn
 
 # For which weights are laid out. The layout serves other numbers of rows as well.
 TYPICAL_ROWS = 64
-# From so many weights on, MKL streams them slowly for two or more rows, whoever made the processor.
-LARGE_WEIGHT = 2**19
-# A smaller weight needs so many multiplications, or oneDNN's calls take longer than its sums save.
-MANY_PRODUCTS = 2**27
-# For more rows, MKL is as fast or faster on the processors of its own maker.
-FEW_ROWS = 128
-# Makers on whose processors it is not. Makers that are not known get what Intel's processors get.
-SLOW_MKL = {"AuthenticAMD", "HygonGenuine"}
-# In bfloat16, torch's own layers are oneDNN's, too, and lay out the weight anew in each call. MKL has no part in it.
+# In bfloat16, torch's own layers are oneDNN's, too, and lay out the weight anew in each call: only tiny products lose.
 FEW_PRODUCTS_BF16 = 2**19
 # Just below the largest block by which glibc still adjusts itself, see `_keep_freed_memory`.
 LARGEST_BLOCK = 2**25 - 2**14
@@ -28,8 +21,24 @@ LARGEST_BLOCK = 2**25 - 2**14
 ACTIVATIONS = {nn.GELU: "gelu", nn.SiLU: "swish"}
 
 
+class Rule(NamedTuple):
+    """For which float32 layers oneDNN is faster than MKL on some processors."""
+
+    large: int  # so many weights, MKL streams slowly for more than a single row
+    end: int  # from so many rows on, MKL is as fast
+    products: int  # so many multiplications by fewer weights are worth oneDNN's call
+
+
+# By whether MKL leaves half of each vector idle, as it does on AMD's processors with AVX-512.
+RULES = {True: Rule(2**19, sys.maxsize, 2**22), False: Rule(2**20, 129, sys.maxsize)}
+
+
 def cpu_maker() -> str:
-    """Who made the processor: "GenuineIntel", "AuthenticAMD", ..., as it says itself; empty where nothing tells."""
+    """Who made the processor, as it says itself, such as "GenuineIntel"; empty where nothing tells.
+
+    Returns:
+        `str`: twelve characters or none.
+    """
     info = Path("/proc/cpuinfo")
     if not info.exists():  # Windows names the maker last
         return (platform.processor().split() or [""])[-1]
@@ -37,39 +46,39 @@ def cpu_maker() -> str:
         return next((line.split(":")[1].strip() for line in file if line.startswith("vendor_id")), "")
 
 
-CPU_MAKER = cpu_maker()
+MKL_IS_NARROW = torch.backends.cpu.get_cpu_capability() == "AVX512" and cpu_maker() in ("AuthenticAMD", "HygonGenuine")
 
 
-def winning_rows(in_features: int, out_features: int, dtype: torch.dtype, maker: str) -> range:
-    """For how many rows a linear layer is computed sooner by oneDNN, or as soon, than by torch.
+def winning_rows(in_features: int, out_features: int, dtype: torch.dtype, mkl_is_narrow: bool) -> range:
+    """For how many rows a linear layer takes oneDNN less time than torch.
 
-    A rule and no measurement on the spot, since both sum in another order: what a noisy clock chooses would not give
-    the same images again. `benchmarks/layers.py` measures what it is made of, and docs/speed.md says where it was.
+    A rule, and no measurement on the spot: the two sum in another order, so a choice that hangs on a clock would not
+    give the same images again. docs/speed.md says where it was measured, and `benchmarks/layers.py` measures it anew.
 
     Args:
         in_features (`int`): numbers in a row of the input.
         out_features (`int`): numbers in a row of the output.
         dtype (`torch.dtype`): of the weight, float32 or bfloat16.
-        maker (`str`): of the processor, see `cpu_maker`.
+        mkl_is_narrow (`bool`): key of `RULES`: what the processor is.
 
     Returns:
-        `range`: of numbers of rows; empty where oneDNN never wins.
+        `range`: of numbers of rows; empty where torch is never slower.
     """
     weights = max(1, in_features * out_features)
     if dtype == torch.bfloat16:
         return range(ceil(FEW_PRODUCTS_BF16 / weights), sys.maxsize)
-    least = 2 if weights >= LARGE_WEIGHT else ceil(MANY_PRODUCTS / weights)
-    return range(least, sys.maxsize if maker in SLOW_MKL else FEW_ROWS + 1)
+    rule = RULES[mkl_is_narrow]
+    return range(2 if weights >= rule.large else ceil(rule.products / weights), rule.end)
 
 
 def by_onednn(module: nn.Module) -> nn.Module:
     """A view of a model whose linear layers compute by oneDNN where that is faster: the same sums in another order.
 
     MKL, which torch takes otherwise, reaches half of that on some AMD CPUs and nine tenths on others, and streams
-    weights slowly for a few rows. `winning_rows` says which layers compute by oneDNN, and for how many rows. Their
-    weights are copied into oneDNN's layout when they are first used so, and the copies dropped with the view: they
-    take as much memory as the weights. The model itself stays as it is, so that other threads, callbacks and hooks
-    see nothing of this, and a view of each call is never out of date.
+    large weights slowly for a few rows. `winning_rows` says which layers compute by oneDNN, and for how many rows.
+    Their weights are copied into oneDNN's layout when they are first used so, and the copies dropped with the view:
+    they take as much memory as the weights. The model itself stays as it is, so that other threads, callbacks and
+    hooks see nothing of this, and a view of each call is never out of date.
 
     A block that says which of its layers its `activation` follows (`activated_linear`) gets both in one pass.
 
@@ -79,7 +88,7 @@ def by_onednn(module: nn.Module) -> nn.Module:
     (`torch.backends.mkldnn.flags(enabled=False)`). Layers whose weight is computed (pruning, quantisation) stay as
     they are. Where gradients are computed, as callbacks may, layers compute as ever.
 
-    One thing outlasts the view: glibc's allocator keeps up to 64 MiB of freed memory for the process.
+    One thing outlasts the call, view or not: glibc's allocator keeps up to 64 MiB of freed memory for the process.
 
     Args:
         module (`torch.nn.Module`): the model; its weights must not change while the view is used.
@@ -90,11 +99,12 @@ def by_onednn(module: nn.Module) -> nn.Module:
     dtypes = _dtypes(module)
     layers = [part for part in module.modules() if is_plain_linear(part) and part.weight.dtype in dtypes]
     layers = [layer for layer in layers if layer.weight.device.type == "cpu"]
-    rows = {one: winning_rows(one.in_features, one.out_features, one.weight.dtype, CPU_MAKER) for one in layers}
+    rows = {one: winning_rows(one.in_features, one.out_features, one.weight.dtype, MKL_IS_NARROW) for one in layers}
     rows = {layer: winning for layer, winning in rows.items() if winning}
+    if layers:
+        _keep_freed_memory()
     if not rows:
         return module
-    _keep_freed_memory()
     view = _view(module, rows, {})
     for block in view.modules():
         layer = getattr(block, getattr(block, "activated_linear", ""), None)
