@@ -299,7 +299,8 @@ def test_zero_star_guidance():
 def guided(name, guider=None, scale=3.0, steps=4):
     condition, negative = torch.randn(2, 2, 3, 7, generator=seeded(1)).unbind(0)
     call = {"condition": condition, "negative_condition": negative, "guidance_scale": scale, "guider": guider}
-    call |= {"scheduler": TokenDDPMScheduler(max_timestep=400), "num_steps": steps, "generator": seeded(2)}
+    scheduler = TokenDDPMScheduler(max_timestep=400) if name == "diffusion" else own_scheduler(name)
+    call |= {"scheduler": scheduler, "num_steps": steps, "generator": seeded(2)}
     return ready(name).sample(**call)
 
 
