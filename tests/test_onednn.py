@@ -292,7 +292,7 @@ def test_pipelines_use_it_while_they_generate():
         assert list(fast) == linears
         assert any(part.packed is not None for part in fast.values())
     fused = {type(part) for part in view.modules() if isinstance(getattr(part, "activation", None), nn.Identity)}
-    assert {part.__name__ for part in fused} == {"BackboneMLP", "DiffusionHeadBlock"}
+    assert {part.__name__ for part in fused} == {"BackboneMLP", "ModulatedBlock"}
 
 
 # Page faults of 16 MB that are taken and given back ten times, before and after a model ran by oneDNN.

@@ -87,8 +87,8 @@ def test_repeated_blocks_are_compiled_one_by_one(backbone):
     compiled = compile_regions(model, backend="eager")
     kinds = {type(part).__name__ for part in compiled.modules() if type(part).__name__.endswith(("Layer", "Block"))}
     wrapped = [part for part in compiled.modules() if hasattr(part, "_orig_mod")]
-    assert kinds == {"BackboneLayer", "DiffusionHeadBlock"}
-    assert {"BackboneLayer", "DiffusionHeadBlock"} <= {type(part._orig_mod).__name__ for part in wrapped}
+    assert kinds == {"BackboneLayer", "ModulatedBlock"}
+    assert {"BackboneLayer", "ModulatedBlock"} <= {type(part._orig_mod).__name__ for part in wrapped}
     loss = compiled(tokens, **inputs, generator=seeded(2)).loss
     torch.testing.assert_close(loss, expected)
     loss.backward()
