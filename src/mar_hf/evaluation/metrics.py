@@ -91,10 +91,13 @@ def frechet_distance(
     """
     if mean1.shape != mean2.shape:
         raise ValueError(f"Statistics of widths {len(mean1)} and {len(mean2)} can't be compared.")
-    values, vectors = torch.linalg.eigh(covariance1.double())
-    root = vectors * values.clamp(min=0).sqrt()
+    # C1 = root root^T, with as many columns as C1 has rank: few for few pictures, however wide their features are.
+    lapack = import_extra("scipy.linalg.lapack", "eval")
+    factor, pivots, rank, _ = lapack.dpstrf(covariance1.double().cpu().numpy(), lower=1)
+    root = torch.empty(len(mean1), rank, dtype=torch.float64)
+    root[pivots - 1] = torch.from_numpy(factor).tril()[:, :rank]
     # The eigenvalues of root^T C2 root are those of C1 C2, and the matrix is symmetric.
-    cross = torch.linalg.eigvalsh(root.T @ covariance2.double() @ root).clamp(min=0).sqrt().sum()
+    cross = torch.linalg.eigvalsh(root.T @ covariance2.double().cpu() @ root).clamp(min=0).sqrt().sum()
     distance = (mean1 - mean2).double().square().sum() + covariance1.trace() + covariance2.trace() - 2 * cross
     return distance.item()
 

@@ -89,19 +89,23 @@ def draw_neighbours(
     """
     chosen = [order[index] for index in torch.linspace(0, len(order) - 1, min(16, len(order))).long().tolist()]
     width, rows = 1 + len(nearest), -(-len(chosen) // 4)
-    with saved_figure(path, (4 * width, 1.25 * rows), dpi=120, bbox_inches="tight") as figure:
-        axes = figure.subplots(rows, 4 * width, squeeze=False)
-        for axis in axes.flat:
-            axis.axis("off")
+    size = (min(4, len(chosen)) * width, 1.25 * rows)
+    with saved_figure(path, size, dpi=120) as figure:
+        # One system of axes in inches for all pictures: one for each would take seconds.
+        axis = figure.add_axes((0, 0, 1, 1))
+        axis.axis("off")
         for place, number in enumerate(chosen):
             row, column = divmod(place, 4)
             shown = [(samples.image(number), "sample")]
             for title, (far, index) in nearest.items():
                 shown.append((real.image(int(index[number])), f"{title} {far[number]:.3g}"))
             for offset, (image, title) in enumerate(shown):
-                axis = axes[row, column * width + offset]
-                axis.imshow(image, interpolation="nearest")
-                axis.set_title(title, fontsize=7, pad=2)
+                middle, top = column * width + offset + 0.5, 1.25 * row + 0.25
+                right, down = (0.95 * side / max(image.size) for side in image.size)
+                extent = (middle - right / 2, middle + right / 2, top + down, top)
+                axis.imshow(image, interpolation="nearest", extent=extent)
+                axis.text(middle, top - 0.03, title, fontsize=7, ha="center", va="bottom")
+        axis.set(xlim=(0, size[0]), ylim=(size[1], 0))
 
 
 def draw_bars(
