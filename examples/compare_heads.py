@@ -70,6 +70,7 @@ BATCH_SIZE = 48
 SHOWN = 2  # samples of each class that are kept
 FRECHET, RECOGNISED = "fd", "classifier_accuracy"
 METRICS = (FRECHET, "kid", "precision", "recall", RECOGNISED)
+SPEEDS = ("alone", "batch", "head_share", "calls_a_token")
 QUICK_WORDS = ("--max_train_steps", "2", "--lr_warmup_steps", "1", "--train_batch_size", "4")
 QUICK_DEFAULTS = {"num_diffusion_steps": 1}
 QUICK_SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_class_tokens": 1}
@@ -317,38 +318,54 @@ def measure_bits(args: Arguments, pipeline: MARPipeline) -> float | None:
     return -statistics.fmean(found) / math.log(2) / tokens.shape[2]
 
 
+@dataclass
+class HeadUse:
+    """How often a head sampled, how often its last layer ran for that, and how many seconds it took."""
+
+    samplings: int = 0
+    calls: int = 0
+    seconds: float = 0.0
+
+
 @contextmanager
-def timed_head(pipeline: MARPipeline) -> Iterator[list[float]]:
-    """Notes the seconds of each time that the head samples."""
-    head, seconds = pipeline.transformer.head, []
+def watched_head(pipeline: MARPipeline) -> Iterator[HeadUse]:
+    """Notes what the head of a pipeline does."""
+    head, use = pipeline.transformer.head, HeadUse()
     draw = head.draw
 
     def timed(**settings: Any) -> torch.Tensor:
         start = time.perf_counter()
         tokens = draw(**settings)
-        seconds.append(time.perf_counter() - start)
+        use.seconds += time.perf_counter() - start
+        use.samplings += 1
         return tokens
 
-    head.draw = timed
+    def count(*_: Any) -> None:
+        use.calls += 1
+
+    head.draw, hook = timed, head.out_proj.register_forward_hook(count)
     try:
-        yield seconds
+        yield use
     finally:
         del head.draw
+        hook.remove()
 
 
 def time_row(args: Arguments, row: str) -> dict:
-    """Seconds a picture, alone and in a batch, and the head's share of the latter, by number of head steps."""
+    """By number of head steps: seconds a picture, alone and in a batch, the head's share of the latter, and how often
+    its network is called for a token."""
     seed = args.seeds[0]
     pipeline, scale = load(args, row, seed), read_result(args.folder, f"scales-{row}")["guidance_scale"]
-    found: dict[str, Any] = {"threads": torch.get_num_threads(), "alone": {}, "batch": {}, "head_share": {}}
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), **{name: {} for name in SPEEDS}}
     batch = [(number % len(CLASSES), number) for number in range(4 if args.quick else BATCH_SIZE)]
     for steps in args.steps(row, seed):
         setting = {"calls": 2 if args.quick else 4, "guidance_scale": scale, "num_diffusion_steps": steps}
         found["alone"][str(steps)] = median_seconds(pipeline, batch[:1], **setting)
         start = time.perf_counter()
-        with timed_head(pipeline) as seconds:
+        with watched_head(pipeline) as use:
             found["batch"][str(steps)] = median_seconds(pipeline, batch, **setting)
-        found["head_share"][str(steps)] = sum(seconds) / (time.perf_counter() - start)
+        found["head_share"][str(steps)] = use.seconds / (time.perf_counter() - start)
+        found["calls_a_token"][str(steps)] = use.calls / use.samplings
     return found
 
 
@@ -364,7 +381,7 @@ def collect_row(args: Arguments, row: str) -> dict[str, Any]:
     for steps in qualities[0]["metrics"]:
         runs = [quality["metrics"][steps] for quality in qualities if steps in quality["metrics"]]
         point = {"head_steps": int(steps) if has_steps(row) else None, "num_seeds": len(runs)}
-        point |= {kind: speed[kind][steps] for kind in ("alone", "batch", "head_share")}
+        point |= {kind: speed[kind][steps] for kind in SPEEDS}
         points.append(point | {metric: mean_and_deviation([run[metric] for run in runs]) for metric in METRICS})
     first = trainings[args.seeds[0]]
     return {

@@ -62,6 +62,7 @@ def quality_table(report: dict[str, Any]) -> str:
             if point["num_seeds"] < len(report["seeds"]):
                 continue
             cells = {"row": f"`{name}`", "head steps": str(point["head_steps"] or "one call")}
+            cells["calls a token"] = f"{point['calls_a_token']:g}"
             cells |= {title: in_words(metric, *point[metric]) for metric, (title, *_) in METRICS.items()}
             cells |= {f"ms, {kind}": f"{1000 * point[kind]:.1f}" for kind in ("alone", "batch")}
             lines.append(cells | {"head's share": f"{point['head_share']:.0%}"})

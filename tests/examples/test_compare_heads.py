@@ -34,8 +34,8 @@ class CoarsePixels(torch.nn.Module):
 
 @pytest.fixture
 def npz(tmp_path):
-    """Five pictures of each class, two of which will be held out at a share of 0.4."""
-    count = 5 * len(compare_heads.CLASSES)
+    """Ten pictures of each class, three of which are held out."""
+    count = 10 * len(compare_heads.CLASSES)
     arrays = {"image": np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)}
     arrays |= {"label": np.arange(count) % len(compare_heads.CLASSES), "classes": compare_heads.CLASSES}
     arrays |= {"code": [f"1F{number:03X}" for number in range(count)], "toned": [False] * count}
@@ -46,8 +46,6 @@ def npz(tmp_path):
 @pytest.mark.slow
 def test_a_small_comparison_and_the_same_again(npz, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(FEATURES, "coarse", CoarsePixels)
-    words = ["0.4" if word == "0.3" else word for word in compare_heads.DATA_WORDS]
-    monkeypatch.setattr(compare_heads, "DATA_WORDS", words)
     folder, row = tmp_path / "out", "masked_diffusion"
     args = partial(compare_heads.Arguments, str(folder), npz=npz, features="coarse", quick=True, seeds=[0])
     compare_heads.main(args(only=[row]))
@@ -60,7 +58,12 @@ def test_a_small_comparison_and_the_same_again(npz, tmp_path, monkeypatch, capsy
     assert found["guidance_scale"] in (1.0, 2.0) and found["parameters"] > found["head_parameters"] > 0
     assert [(point["head_steps"], point["num_seeds"]) for point in found["points"]] == [(1, 1), (2, 1)]
     for point in found["points"]:
-        assert point["fd"][0] > 0 and point["alone"] > 0 and 0 < point["head_share"] < 1
+        assert (
+            point["fd"][0] > 0
+            and point["alone"] > 0
+            and 0 < point["head_share"] < 1
+            and point["calls_a_token"] == point["head_steps"]
+        )
     for name, lines in (("sizes", 1), ("heads", 4)):
         table = (folder / f"{name}.md").read_text(encoding="utf-8")
         assert table in first and len(table.splitlines()) == lines + 2
@@ -83,17 +86,17 @@ def test_a_small_comparison_and_the_same_again(npz, tmp_path, monkeypatch, capsy
         compare_heads.main(compare_heads.Arguments(str(folder), features="coarse"))
 
 
-def test_rows_are_of_the_same_size():
-    sizes = {row: compare_heads.count_parameters(compare_heads.model_config(row)) for row in compare_heads.ROWS}
+def test_models_are_of_the_same_size():
+    sizes = {name: compare_heads.count_parameters(compare_heads.model_config(name)) for name in compare_heads.MODELS}
     assert max(sizes.values()) < 1.05 * min(sizes.values()), sizes
 
 
 def test_the_width_is_the_nearest_one():
     settings = compare_heads.model_config(compare_heads.STANDARD)
-    counts = [compare_heads.count_parameters(compare_heads.with_width(settings, width)) for width in (112, 128, 144)]
+    counts = [compare_heads.count_parameters(compare_heads.with_width(settings, width)) for width in (120, 128, 136)]
     assert counts == sorted(counts)
     assert compare_heads.find_width(settings, counts[1]) == 128
-    assert compare_heads.find_width(settings, (counts[0] + counts[1]) // 2 - 1) == 112
+    assert compare_heads.find_width(settings, (counts[0] + counts[1]) // 2 - 1) == 120
     assert compare_heads.find_width(settings, 0) == compare_heads.WIDTHS[0]
 
 
@@ -108,7 +111,12 @@ def write_results(folder, row, distances):
     times = {steps: 0.01 * int(steps) for steps in distances[0]}
     found = {
         f"scales-{row}": {"guidance_scale": 1.5},
-        f"speed-{row}": {"alone": times, "batch": times, "head_share": dict.fromkeys(times, 0.5)},
+        f"speed-{row}": {
+            "alone": times,
+            "batch": times,
+            "head_share": dict.fromkeys(times, 0.5),
+            "calls_a_token": distances[0],
+        },
         "tokenizer-plain": {"real": METRICS, "reconstructions": METRICS},
     }
     for seed, by_steps in enumerate(distances):
@@ -132,10 +140,10 @@ def test_tables_have_mean_and_deviation_of_the_seeds(tmp_path):
     # What only the first seed has measured is in the plot, not in the table.
     others = "0.50 ± 0.00 | 0.25 ± 0.00 | 0.75 ± 0.00 | 50.0 ± 0.0"
     assert draw_heads.quality_table(report).splitlines()[2:] == [
-        f"| `masked_diffusion` | 1 | 310.0 ± 10.0 | {others} | 10.0 | 10.0 | 50% |",
-        f"| `masked_diffusion` | 4 | 100.0 ± 1.0 | {others} | 40.0 | 40.0 | 50% |",
-        "| real pictures |  | 200.0 | 0.50 | 0.25 | 0.75 | 50.0 |  |  |  |",
-        "| reconstructions, plain |  | 200.0 | 0.50 | 0.25 | 0.75 | 50.0 |  |  |  |",
+        f"| `masked_diffusion` | 1 | 300 | 310.0 ± 10.0 | {others} | 10.0 | 10.0 | 50% |",
+        f"| `masked_diffusion` | 4 | 99 | 100.0 ± 1.0 | {others} | 40.0 | 40.0 | 50% |",
+        "| real pictures |  |  | 200.0 | 0.50 | 0.25 | 0.75 | 50.0 |  |  |  |",
+        "| reconstructions, plain |  |  | 200.0 | 0.50 | 0.25 | 0.75 | 50.0 |  |  |  |",
     ]
     assert draw_heads.size_table(report).splitlines()[2] == (
         "| `masked_diffusion` | masked, random order | plain | diffusion | 8 | 100 | 1,000 | 2.0 |  | 1.5 |"
