@@ -24,13 +24,16 @@ ACTIVATIONS = {nn.GELU: "gelu", nn.SiLU: "swish"}
 class Rule(NamedTuple):
     """For which float32 layers oneDNN is faster than MKL on some processors."""
 
-    large: int  # so many weights, MKL streams slowly for more than a single row
-    end: int  # from so many rows on, MKL is as fast
+    large: int  # so many weights or more, MKL reads slowly for a few rows
+    rows: range  # for which it does; for more of them, where the range ends, it is as fast
     products: int  # so many multiplications by fewer weights are worth oneDNN's call
 
 
 # By whether MKL leaves half of each vector idle, as it does on AMD's processors with AVX-512.
-RULES = {True: Rule(2**19, sys.maxsize, 2**22), False: Rule(2**20, 129, sys.maxsize)}
+RULES = {
+    True: Rule(2**19, range(2, sys.maxsize), 2**22),
+    False: Rule(2**20, range(4, 65), sys.maxsize),
+}
 
 
 def cpu_maker() -> str:
@@ -68,7 +71,7 @@ def winning_rows(in_features: int, out_features: int, dtype: torch.dtype, mkl_is
     if dtype == torch.bfloat16:
         return range(ceil(FEW_PRODUCTS_BF16 / weights), sys.maxsize)
     rule = RULES[mkl_is_narrow]
-    return range(2 if weights >= rule.large else ceil(rule.products / weights), rule.end)
+    return rule.rows if weights >= rule.large else range(ceil(rule.products / weights), rule.rows.stop)
 
 
 def by_onednn(module: nn.Module) -> nn.Module:
