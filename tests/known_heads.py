@@ -9,8 +9,11 @@ from torch import nn
 from mar_hf.heads import ModulatedHead
 
 
-def published_mlp(head: ModulatedHead, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """What MAR's MLP gives for noisy tokens, timesteps and conditions (rows, ...), from its weights in float64."""
+def published_mlp(head: ModulatedHead, x: torch.Tensor, c: torch.Tensor, **times: torch.Tensor) -> torch.Tensor:
+    """What MAR's MLP gives for noisy tokens and conditions (rows, ...), from its weights in float64.
+
+    `times` are the inputs (rows,) of its embeddings of times, by their names.
+    """
     weights = {name: parameter.double() for name, parameter in head.named_parameters()}
 
     def linear(name, value):
@@ -23,10 +26,12 @@ def published_mlp(head: ModulatedHead, x: torch.Tensor, t: torch.Tensor, c: torc
         centred = value - value.mean(-1, keepdim=True)
         return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
-    angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
-    time = torch.cat([angles.cos(), angles.sin()], -1)
-    time = linear("time_embedding.linear_2", silu(linear("time_embedding.linear_1", time)))
-    embedding = silu(time + linear("condition_proj", c.double()))
+    embedding = linear("condition_proj", c.double())
+    for name, t in times.items():
+        angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
+        waves = torch.cat([angles.cos(), angles.sin()], -1)
+        embedding = embedding + linear(f"{name}.linear_2", silu(linear(f"{name}.linear_1", waves)))
+    embedding = silu(embedding)
     h = linear("token_proj", x.double())
     for i in range(len(head.blocks)):
         if f"blocks.{i}.modulation.weight" in weights:

@@ -20,7 +20,16 @@ from transformers import PreTrainedModel
 
 from . import conversion, generation
 from .demo import demo_checkpoint, demo_text_encoder
-from .heads import TOKEN_HEADS, CategoricalHead, DiffusionHead, EnergyHead, FlowMatchingHead, MixtureHead, TokenHead
+from .heads import (
+    TOKEN_HEADS,
+    CategoricalHead,
+    DiffusionHead,
+    EnergyHead,
+    FlowMatchingHead,
+    MixtureHead,
+    ShortcutHead,
+    TokenHead,
+)
 from .hub import build_model_card
 from .models import (
     ARConfig,
@@ -62,6 +71,7 @@ __all__ = [
     "MARModel",
     "MARPipeline",
     "MixtureHead",
+    "ShortcutHead",
     "TokenDDPMScheduler",
     "TokenFlowScheduler",
     "TokenHead",

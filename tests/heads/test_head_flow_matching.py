@@ -35,7 +35,7 @@ def test_the_network_is_mar_s_without_a_variance(groups):
     head, generator = tiny_head(modulation_groups=groups), seeded(1)
     x, c = torch.randn(5, TOKEN_DIM, generator=generator), torch.randn(5, CONDITION_DIM, generator=generator)
     t = torch.tensor([0.0, 0.5, 250.0, 999.75, 1000.0])
-    assert relative_error(head(x, t, c), published_mlp(head, x, t, c)) < 1e-5
+    assert relative_error(head(x, t, c), published_mlp(head, x, c, time_embedding=t)) < 1e-5
 
 
 @pytest.mark.parametrize("prediction_type", ["velocity", "sample"])
@@ -51,7 +51,7 @@ def test_the_loss_is_the_squared_error_of_the_velocity(prediction_type):
     x, c, counts = x.repeat(2, 1), c.repeat(2, 1), counts.repeat(2, 1)[:, 0]
     sigma = timesteps[:, None].double() / 1000
     noisy = (1 - sigma) * x + sigma * noise
-    output = published_mlp(head, noisy, timesteps, c)
+    output = published_mlp(head, noisy, c, time_embedding=timesteps)
     if prediction_type == "sample":
         # The velocities of the output and of the token on the way to `noisy`.
         output, true = ((noisy - token) / sigma.clamp(min=0.05) for token in (output, x))

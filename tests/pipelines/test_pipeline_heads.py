@@ -15,6 +15,7 @@ from tiny_pipelines import seeds, tiny_pipeline, tiny_transformer
 
 HEADS = {
     "energy": {"head_type": "energy", "head_config": {"hidden_size": 32, "noise_dim": 20}},
+    "shortcut": {"head_type": "shortcut", "head_config": {"hidden_size": 32}},
     "mixture": {"head_type": "mixture", "head_config": {"hidden_size": 32, "num_components": 4}},
     "mixture-groups": {"head_type": "mixture", "head_config": {"hidden_size": 32, "feature_group": 4}},
 }

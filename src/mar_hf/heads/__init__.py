@@ -7,6 +7,7 @@ from .head_diffusion import DiffusionHead
 from .head_energy import EnergyHead
 from .head_flow_matching import FlowMatchingHead
 from .head_mixture import MixtureHead
+from .head_shortcut import ShortcutHead
 from .modulation import ModulatedHead
 
 
@@ -16,6 +17,7 @@ TOKEN_HEADS: dict[str, type[TokenHead]] = {
     "energy": EnergyHead,
     "flow_matching": FlowMatchingHead,
     "mixture": MixtureHead,
+    "shortcut": ShortcutHead,
 }
 
 __all__ = [
@@ -26,5 +28,6 @@ __all__ = [
     "FlowMatchingHead",
     "MixtureHead",
     "ModulatedHead",
+    "ShortcutHead",
     "TokenHead",
 ]
