@@ -41,6 +41,7 @@ HEADS = {
     "diffusion": {"head_type": "diffusion", "head_config": {"num_layers": 3}},
     "flow": {"head_type": "flow_matching", "head_config": {"num_layers": 3}},
     "flow_sample": {"head_type": "flow_matching", "head_config": {"num_layers": 3, "prediction_type": "sample"}},
+    "shortcut": {"head_type": "shortcut", "head_config": {"num_layers": 3}},
     "energy": {"head_type": "energy", "head_config": {"num_layers": 3}},
     "mixture": {"head_type": "mixture", "head_config": {"num_layers": 3}},
     "mixture_groups": {"head_type": "mixture", "head_config": {"num_layers": 1, "feature_group": 4}},
@@ -59,8 +60,8 @@ ROWS = {model: (model, None) for model in MODELS} | {
     "masked_flow_euler": ("masked_flow", "FlowMatchEulerDiscreteScheduler"),
 }
 # The model that the others are as large as, and the width of its head.
-STANDARD, STANDARD_WIDTH = "masked_diffusion", 128
-WIDTHS = range(16, 513, 8)
+STANDARD, STANDARD_WIDTH = "masked_diffusion", 256
+WIDTHS = range(16, 513, 16)
 
 SCALES = (1.0, 1.5, 2.0, 3.0)
 SCALE_STEPS = 25  # head steps, for the choice of the scale
@@ -111,11 +112,13 @@ class Arguments:
 
     def steps(self, row: str, seed: int) -> tuple[int, ...]:
         """The numbers of head steps that are measured: 1 for a head that has none."""
-        if not has_steps(row):
+        head = head_class(row)
+        if not head.has_steps:
             return (1,)
         if self.quick:
             return (1, 2)
-        return STEPS if seed == self.seeds[0] else FEW_STEPS
+        most = head.most_steps if head.scheduler_class is None else max(STEPS)
+        return tuple(steps for steps in (STEPS if seed == self.seeds[0] else FEW_STEPS) if steps <= most)
 
 
 if __name__ == "__main__":  # what is refused is refused before the imports below, which take seconds
@@ -141,15 +144,16 @@ from mar_hf.evaluation.folders import read_json, write_json
 from mar_hf.evaluation.pictures import save_pictures
 from mar_hf.evaluation.speed import make_pictures
 from mar_hf.evaluation.tables import mean_and_deviation
-from mar_hf.heads import TOKEN_HEADS
+from mar_hf.heads import TOKEN_HEADS, TokenHead
 from mar_hf.models import BACKBONES as MODEL_TYPES
 from mar_hf.training import make_accelerator
 from mar_hf.utils import atomic_folder
 
 
-def has_steps(row: str) -> bool:
-    """Whether a row's head takes steps."""
-    return TOKEN_HEADS[HEADS[MODELS[ROWS[row][0]][1]]["head_type"]].has_steps
+def head_class(row: str) -> type[TokenHead]:
+    """The class of a row's head."""
+    _, head, _ = MODELS[ROWS[row][0]]
+    return TOKEN_HEADS[HEADS[head]["head_type"]]
 
 
 def with_width(settings: dict[str, Any], width: int) -> dict[str, Any]:
@@ -380,7 +384,7 @@ def collect_row(args: Arguments, row: str) -> dict[str, Any]:
     bits = [quality["bits"] for quality in qualities if quality.get("bits") is not None]
     for steps in qualities[0]["metrics"]:
         runs = [quality["metrics"][steps] for quality in qualities if steps in quality["metrics"]]
-        point = {"head_steps": int(steps) if has_steps(row) else None, "num_seeds": len(runs)}
+        point = {"head_steps": int(steps) if head_class(row).has_steps else None, "num_seeds": len(runs)}
         point |= {kind: speed[kind][steps] for kind in SPEEDS}
         points.append(point | {metric: mean_and_deviation([run[metric] for run in runs]) for metric in METRICS})
     first = trainings[args.seeds[0]]

@@ -93,10 +93,10 @@ def test_models_are_of_the_same_size():
 
 def test_the_width_is_the_nearest_one():
     settings = compare_heads.model_config(compare_heads.STANDARD)
-    counts = [compare_heads.count_parameters(compare_heads.with_width(settings, width)) for width in (120, 128, 136)]
+    counts = [compare_heads.count_parameters(compare_heads.with_width(settings, width)) for width in (240, 256, 272)]
     assert counts == sorted(counts)
-    assert compare_heads.find_width(settings, counts[1]) == 128
-    assert compare_heads.find_width(settings, (counts[0] + counts[1]) // 2 - 1) == 120
+    assert compare_heads.find_width(settings, counts[1]) == 256
+    assert compare_heads.find_width(settings, (counts[0] + counts[1]) // 2 - 1) == 240
     assert compare_heads.find_width(settings, 0) == compare_heads.WIDTHS[0]
 
 
