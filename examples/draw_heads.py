@@ -89,6 +89,17 @@ def size_table(report: dict[str, Any]) -> str:
     return markdown_table(lines)
 
 
+def steps_table(report: dict[str, Any]) -> str:
+    """Frechet distance by number of head steps, the mean of the seeds that measured it: a line for each row."""
+    found = {
+        name: {point["head_steps"] or 1: in_words("fd", point["fd"][0]) for point in row["points"]}
+        for name, row in report["rows"].items()
+    }
+    columns = sorted(set().union(*found.values()))
+    cells = {name: {str(steps): by_steps.get(steps, "") for steps in columns} for name, by_steps in found.items()}
+    return markdown_table([{"head steps": f"`{name}`"} | own for name, own in cells.items()])
+
+
 def draw_distances(report: dict[str, Any], path: pathlib.Path) -> None:
     """Frechet distance against milliseconds a picture in a batch: a curve for each head, named by its steps."""
     panels: dict[str, dict[str, list]] = {}
@@ -119,7 +130,8 @@ def main(args: Arguments) -> None:
     """
     folder = pathlib.Path(args.output_dir)
     report = read_json(folder / "heads.json")
-    for name, table in (("sizes", size_table(report)), ("heads", quality_table(report))):
+    tables = {"sizes": size_table(report), "heads": quality_table(report), "steps": steps_table(report)}
+    for name, table in tables.items():
         write_text(folder / f"{name}.md", table)
         print(f"\n{table}")
     draw_distances(report, folder / "heads_distance_time.png")

@@ -64,7 +64,7 @@ def test_a_small_comparison_and_the_same_again(npz, tmp_path, monkeypatch, capsy
             and 0 < point["head_share"] < 1
             and point["calls_a_token"] == point["head_steps"]
         )
-    for name, lines in (("sizes", 1), ("heads", 4)):
+    for name, lines in (("sizes", 1), ("heads", 4), ("steps", 1)):
         table = (folder / f"{name}.md").read_text(encoding="utf-8")
         assert table in first and len(table.splitlines()) == lines + 2
     for name in ("distance_time", "samples"):
@@ -145,6 +145,8 @@ def test_tables_have_mean_and_deviation_of_the_seeds(tmp_path):
         "| real pictures |  |  | 200.0 | 0.50 | 0.25 | 0.75 | 50.0 |  |  |  |",
         "| reconstructions, plain |  |  | 200.0 | 0.50 | 0.25 | 0.75 | 50.0 |  |  |  |",
     ]
+    lines = draw_heads.steps_table(report).splitlines()
+    assert lines[0] == "| head steps | 1 | 2 | 4 |" and lines[2:] == ["| `masked_diffusion` | 310.0 | 250.0 | 100.0 |"]
     assert draw_heads.size_table(report).splitlines()[2] == (
         "| `masked_diffusion` | masked, random order | plain | diffusion | 8 | 100 | 1,000 | 2.0 |  | 1.5 |"
     )
