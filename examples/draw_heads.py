@@ -106,7 +106,8 @@ def draw_distances(report: dict[str, Any], path: pathlib.Path) -> None:
     for name, row in report["rows"].items():
         points = [(1000 * point["batch"], *point["fd"], str(point["head_steps"] or "")) for point in row["points"]]
         panels.setdefault(MODELS[row["backbone"]], {})[name.partition("_")[2]] = points
-    levels = {"real pictures": next(iter(report["tokenizers"].values()))["real"]["fd"]}
+    floor = next(iter(report["tokenizers"].values()))
+    levels = {"real pictures": floor["real"]["fd"], "reconstructions": floor["reconstructions"]["fd"]}
     draw_curves(panels, "milliseconds a picture, in batches", "Frechet distance", path, levels)
 
 
