@@ -269,7 +269,7 @@ def answer_training_early(argv: Sequence[str] | None = None) -> None:
     with told_in_a_line():
         arguments = load_module("training.arguments")
         program, words = arguments.split_program(sys.argv[1:] if argv is None else argv)
-        parse_arguments(arguments.PROGRAMS[program], words)
+        check_paths(parse_arguments(arguments.PROGRAMS[program], words), "train_data_dir")
 
 
 def load_module(name: str) -> types.ModuleType:

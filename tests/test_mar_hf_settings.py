@@ -168,6 +168,7 @@ def test_values_and_paths_are_refused_as_early(tmp_path):
     nowhere, out = str(tmp_path / "nowhere"), ["--output_dir", str(tmp_path / "out")]
     cases = [
         ("train", ["--train_batch_size", "0"], "`train_batch_size` has to be at least 1, got 0."),
+        ("train", ["--train_data_dir", nowhere], f"`train_data_dir` {nowhere!r} does not exist."),
         ("train", ["--config", nowhere], f"`config` {nowhere!r} can't be read: "),
         ("train_tokenizer", ["--autoencoder", "x"], "`autoencoder` has to be one of ['kl', 'dc', 'vq'], got 'x'."),
         ("generate", ["--pretrained_model_name_or_path", "m", "--dtype", "int3"], "argument --dtype: invalid choice"),
