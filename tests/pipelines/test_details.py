@@ -46,7 +46,7 @@ def test_each_token_is_drawn_as_alone_with_its_own_head_steps(guided, details):
     sampling = {
         **{"condition": condition, "negative_condition": other if guided else None, "noise": noise},
         **{"guidance_scale": 3.0 if guided else 1.0, "scheduler": pipe.scheduler, "num_steps": 2},
-        **{"temperature": 1.0, "generator": None},
+        **{"temperature": 1.0, "generator": None, "guider": None},
     }
     found = sample_by_detail(pipe.transformer, sampling, GenerationStep(0, 7, 3.0, 2, details, 6))
     scores = detail_scores(condition)

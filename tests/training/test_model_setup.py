@@ -146,9 +146,10 @@ def test_defaults_of_a_pipeline_are_replaced_one_by_one(tmp_path):
     }
     # What the pipeline was trained for, this training without classes does not keep up.
     assert build_generation_defaults(args, pipe.transformer, None)["guidance_scale"] == 1.0
-    assert build_noise_scheduler(args).config.max_timestep == pipe.scheduler.config.max_timestep
-    assert build_noise_scheduler(arguments()).config.max_timestep == 950
-    assert build_noise_scheduler(arguments(max_timestep=900)).config.max_timestep == 900
+    head = pipe.transformer.head
+    assert build_noise_scheduler(args, head).config.max_timestep == pipe.scheduler.config.max_timestep
+    assert build_noise_scheduler(arguments(), head).config.max_timestep == 950
+    assert build_noise_scheduler(arguments(max_timestep=900), head).config.max_timestep == 900
 
 
 @pytest.fixture(scope="module")
