@@ -419,7 +419,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"autoencoder": "vae"}, "`autoencoder` has to be kl, dc or vq, got 'vae'"),
+        ({"autoencoder": "vae"}, r"`autoencoder` has to be one of \['kl', 'dc', 'vq'\], got 'vae'"),
         ({"layers_per_block": [1, 1]}, r"`layers_per_block` has to be one number \(kl, vq\) or one a resolution"),
         ({**VQ, "layers_per_block": [1, 1]}, "`layers_per_block` has to be one number"),
         ({**VQ, "num_codes": 0}, "`num_codes` has to be at least 1, got 0"),
@@ -430,7 +430,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
         ({"resolution": 9}, "`resolution` has to be a multiple of 2, got 9"),
         ({"resolution": 10, "patch_size": 2}, "`resolution` has to be a multiple of 4, got 10"),
         ({"patch_size": 0}, "`patch_size` has to be at least 1, got 0"),
-        ({"normalizer": "batch"}, r"`normalizer` has to be one of \['affine', .*'sphere'\], got 'batch'"),
+        ({"normalizer": "batch"}, r"`normalizer` has to be one of \['affine', 'sphere', .*\], got 'batch'"),
         ({**VQ, "normalizer": "sphere"}, "`normalizer` has to be affine for `autoencoder` vq, got 'sphere'"),
         ({"max_train_steps": 0}, "`max_train_steps` has to be at least 1, got 0"),
         ({"perceptual_weights": "x.pt"}, "`perceptual_weights` is used with a `perceptual_weight` above 0 only"),
