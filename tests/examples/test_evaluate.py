@@ -196,19 +196,10 @@ def test_sweeps_of_the_command_line():
     [
         ({}, "Give either `pretrained_model_name_or_path` or `samples_dir`"),
         ({"samples_dir": "real", "sweep": ["temperature", "1"]}, "`sweep` makes pictures"),
-        (
-            {"pretrained_model_name_or_path": "none", "sweep": ["seed", "1"]},
-            "`sweep` has to begin with one of num_inference_steps",
-        ),
-        (
-            {"pretrained_model_name_or_path": "none", "sweep": ["guidance_interval", "0.5"]},
-            "guidance_refresh, got 'guidance_interval'",
-        ),
-        (
-            {"pretrained_model_name_or_path": "none", "sweep": ["temperature", "hot"]},
-            "`sweep` of temperature has the value 'hot'",
-        ),
-        ({"pretrained_model_name_or_path": "none", "sweep": ["temperature"]}, "`sweep` has no values for temperature"),
+        ({"model": "none", "sweep": ["seed", "1"]}, "`sweep` has to begin with one of num_inference_steps"),
+        ({"model": "none", "sweep": ["guidance_interval", "0.5"]}, "guidance_refresh, got 'guidance_interval'"),
+        ({"model": "none", "sweep": ["temperature", "hot"]}, "`sweep` of temperature has the value 'hot'"),
+        ({"model": "none", "sweep": ["temperature"]}, "`sweep` has no values for temperature"),
         ({"samples_dir": "real", "reference": "nowhere"}, "`reference` 'nowhere' does not exist"),
         ({"samples_dir": "real", "weights": "file.pth"}, "`weights` are for `features` inception"),
         ({"samples_dir": "real", "reference": "few"}, "holds 6 pictures, fewer than 8"),
