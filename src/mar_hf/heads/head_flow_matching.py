@@ -41,6 +41,7 @@ class FlowMatchingHead(ModulatedHead):
         ValueError: if a setting is none of those named, no number, or out of its range.
     """
 
+    sampling_defaults = {"num_diffusion_steps": 25}
     scheduler_class = TokenFlowScheduler
     guides_velocity = True
 
