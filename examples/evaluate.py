@@ -172,10 +172,10 @@ def main(args: Arguments) -> None:
     Args:
         args (`Arguments`): of the command line.
     """
-    sweeps = parse_sweeps(args.sweep) or [(None, None)]  # before a model is loaded
+    sweeps = parse_sweeps(args.sweep)
     accelerator = make_accelerator()
     run = Run(args, accelerator)
-    for name, value in sweeps:
+    for name, value in sweeps or [(None, None)]:
         run.measure(name, value)
     if accelerator.is_main_process:
         report = read_json(run.file)

@@ -163,10 +163,8 @@ def test_a_model_of_texts(real, tmp_path):
 
 
 def test_captions_are_not_for_models_of_classes(real, model, tmp_path):
-    captions = tmp_path / "captions.txt"
-    captions.write_text("a cat", encoding="utf-8")
-    with pytest.raises(ValueError, match="`captions` '.*captions.txt' are for models of texts"):
-        measure_speed.main(arguments(real, model, tmp_path, captions=str(captions)))
+    with pytest.raises(ValueError, match="`captions` '.*' are for models of texts"):
+        measure_speed.main(arguments(real, model, tmp_path, captions=real))
 
 
 def test_the_model_in_the_package_takes_the_tables(tmp_path):
